@@ -1,0 +1,55 @@
+"""The commands that people type, as processes of their own, in a folder of their own."""
+
+import shutil
+import signal
+import subprocess
+import sys
+
+from conftest import ROOT, SMALL, draw_face, draw_faces
+from PIL import Image
+
+
+def copy_scripts(folder):
+    """Put the three scripts into `folder`, as someone who copies them would."""
+    for name in ("vae.py", "train.py", "genpic.py"):
+        shutil.copy(ROOT / name, folder)
+
+
+def python(folder, *command):
+    """Run a script in `folder`; return what it printed."""
+    done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return done.stdout
+
+
+def test_from_photos_to_the_grid(tmp_path):
+    copy_scripts(tmp_path)
+    draw_faces(tmp_path / "data/train", 30)
+    (tmp_path / "data/tested_data").mkdir()
+    draw_face(99, size=(178, 218)).save(tmp_path / "data/tested_data/me.png")
+    said = python(tmp_path, "train.py", *SMALL, "--epochs", "20")
+    assert "Next: python genpic.py\n" in said and "\r" not in said
+    assert said.count("images/s") == 20 and "Epoch 20/20" in said
+    said = python(tmp_path, "genpic.py")
+    assert "data/tested_data/me.png" in said and "Wrote       generated_images_grid2.jpg" in said
+    assert Image.open(tmp_path / "generated_images_grid2.jpg").size == (6 * 34 + 2, 2 * 34 + 2)
+
+
+def test_errors_are_a_line_and_an_exit_code(tmp_path):
+    copy_scripts(tmp_path)
+    done = subprocess.run([sys.executable, "genpic.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("genpic.py: CHECKPOINT is 'checkpoints_best/vae_model_20.pth'")
+
+
+def test_ctrl_c_saves_the_run(tmp_path):
+    copy_scripts(tmp_path)
+    draw_faces(tmp_path / "data/train", 200)
+    command = [sys.executable, "train.py", *SMALL, "--epochs", "1000"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "Epoch  3/" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    said, complaints = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in said and "Traceback" not in complaints
+    assert (tmp_path / "checkpoints_best/last.pth").exists()

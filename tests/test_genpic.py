@@ -1,0 +1,187 @@
+"""Generating: what W means, the modes, the files, the refusals."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TRAINED, draw_faces, refusal
+from PIL import Image
+
+import genpic
+import vae
+
+
+def run(*flags):
+    """Generate with the small model in the current folder, from the first of the drawn faces."""
+    genpic.main(["--checkpoint", TRAINED, "--image", "faces", *flags])
+
+
+def tiles(path, columns, side=32):
+    """Cut a grid into its pictures, (N, side, side, 3) in grey levels."""
+    grid = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    step = side + 2
+    rows = grid.shape[0] // step
+    return np.stack([grid[2:, 2:][r * step :, c * step :][:side, :side] for r in range(rows) for c in range(columns)])
+
+
+def fitted_model():
+    """Return a model of 4 latents whose prior is far from N(0, I)."""
+    model = vae.VAE(16, 1, [2], 4).eval()
+    mixing = torch.tensor([[2.0, 0, 0, 0], [1, 0.5, 0, 0], [0, -1, 0.2, 0], [0.3, 0, 0, 3]])
+    model.fit_prior(torch.randn(5000, 4) @ mixing.T + torch.tensor([1.0, 2, 3, 4]), torch.full((5000, 4), -3.0))
+    return model
+
+
+# What W means
+def test_w_0_is_the_reconstruction():
+    model, mu = fitted_model(), torch.randn(1, 4)
+    for genpic.NOISE in ("population", "posterior"):
+        genpic.W = 0.0
+        codes = genpic.perturb(model, mu, torch.zeros(1, 4), torch.randn(7, 4))
+        assert torch.equal(codes, mu.expand(7, 4))
+
+
+@pytest.mark.parametrize("genpic_w", [0.25, 1.0])
+def test_variations_have_the_mean_and_covariance_of_the_formula(genpic_w):
+    model, mu, log_var = fitted_model(), torch.tensor([[3.0, -1, 0, 2]]), torch.tensor([[0.0, -1, -2, 1]])
+    eps, genpic.W = torch.randn(200_000, 4), genpic_w
+    population = model.latent_scale @ model.latent_scale.T
+    mean = model.latent_mean + (1 - genpic_w) ** 0.5 * (mu[0] - model.latent_mean)
+    expected = {"population": (mean, population), "posterior": (mu[0], torch.diag(log_var[0].exp()))}
+    for genpic.NOISE, (mean, covariance) in expected.items():
+        codes = genpic.perturb(model, mu, log_var, eps)
+        torch.testing.assert_close(codes.mean(0), mean, atol=0.03, rtol=0)
+        torch.testing.assert_close(torch.cov(codes.T), genpic_w * covariance, atol=0.05, rtol=0.03)
+
+
+@pytest.mark.parametrize("genpic_w", [0.1, 0.7])
+def test_codes_of_the_population_stay_codes_of_the_population(genpic_w):
+    model, genpic.W = fitted_model(), genpic_w
+    people = model.draw_latents(torch.randn(200_000, 4))
+    codes = genpic.perturb(model, people, None, torch.randn(200_000, 4))
+    torch.testing.assert_close(codes.mean(0), model.latent_mean, atol=0.03, rtol=0)
+    torch.testing.assert_close(torch.cov(codes.T), model.latent_scale @ model.latent_scale.T, atol=0.05, rtol=0.03)
+
+
+# Modes
+def test_variations_grid(workplace, capsys):
+    run("--w", "0.3", "--output", "grid.png")
+    said = capsys.readouterr().out
+    assert "faces/face 000.jpg (the first of 40" in said and "PSNR" in said and "epoch 8" in said
+    assert Image.open("grid.png").size == (6 * 34 + 2, 2 * 34 + 2)
+    photo, reconstruction, *variations = tiles("grid.png", columns=6)
+    model, _ = vae.load_checkpoint(TRAINED)
+    original = vae.celeb_transforms(32)[0](vae.read_image("faces/face 000.jpg"))[None]
+    expected = model.decode(model.encode(original)[0]).detach()
+    for shown, image in ((photo, original), (reconstruction, expected)):
+        assert np.abs(shown - 255 * image[0].permute(1, 2, 0).numpy()).max() <= 0.6
+    assert len({picture.tobytes() for picture in variations}) == 10
+
+
+def test_w_0_shows_the_reconstruction_ten_times(workplace):
+    run("--w", "0", "--output", "grid.png")
+    _, reconstruction, *variations = tiles("grid.png", columns=6)
+    assert all(np.abs(picture - reconstruction).max() <= 1 for picture in variations)
+
+
+def test_the_same_settings_give_the_same_bytes(workplace):
+    for name in ("one", "two"):
+        run("--output", f"{name}.jpg")
+    run("--seed", "1", "--output", "three.jpg")
+    one, two, three = ((workplace / f"{name}.jpg").read_bytes() for name in ("one", "two", "three"))
+    assert one == two != three
+
+
+@pytest.mark.parametrize("noise", ["population", "posterior"])
+def test_a_variation_is_the_same_however_many_are_drawn(workplace, noise):
+    for count in ("3", "70"):
+        run("--num-variations", count, "--w", "0.5", "--noise", noise, "--output", f"{count}.png")
+    few, many = tiles("3.png", 5), tiles("70.png", 6)[:5]
+    assert np.abs(few - many).max() <= 1
+
+
+def test_reconstruct_shows_every_photo_of_the_folder(workplace, capsys):
+    draw_faces(workplace / "faces", 70)
+    (workplace / "faces" / "broken.jpg").write_text("no photo")
+    run("--mode", "reconstruct", "--output", "sheet.png")
+    said = capsys.readouterr().out
+    assert "broken.jpg" in said and said.count("PSNR") == 1
+    first, second = tiles("sheet.png", 8), tiles("sheet-2.png", 6)
+    assert len(first) == 128 and len(second) == 12
+    photos = [
+        np.asarray(vae.celeb_transforms(32)[1](vae.read_image(path))) for path in sorted(workplace.glob("faces/f*"))
+    ]
+    assert np.array_equal(np.concatenate([first[r * 8 : r * 8 + 8] for r in range(0, 16, 2)]), photos[:64])
+    assert np.array_equal(second[:6], photos[64:])
+    errors = [
+        np.concatenate([sheet[r * c : r * c + c] for r in range(1, len(sheet) // c, 2)])
+        for sheet, c in ((first, 8), (second, 6))
+    ]
+    squared = np.square((np.concatenate(errors) - np.stack(photos)) / 255).mean()
+    assert f"{-10 * np.log10(squared):.1f}" in said
+
+
+def test_sample_shows_100_faces_of_the_prior(workplace):
+    run("--mode", "sample", "--image", "nowhere", "--output", "faces.webp")
+    assert Image.open("faces.webp").format == "WEBP" and Image.open("faces.webp").size == (342, 342)
+
+
+def test_a_checkpoint_without_fitted_prior_is_said_to_lack_it(workplace, capsys):
+    model, _ = vae.load_checkpoint(TRAINED)
+    torch.save({name: t for name, t in model.state_dict().items() if not name.startswith("latent_")}, "published.pth")
+    run("--checkpoint", "published.pth")
+    assert "N(0, I)" in capsys.readouterr().out
+
+
+def test_grey_models_give_grey_pictures(workplace):
+    model = vae.VAE(24, 1, [4], 3)
+    vae.save_checkpoint("grey.pth", model)
+    run("--checkpoint", "grey.pth", "--output", "new folder/grey.png")
+    assert Image.open("new folder/grey.png").mode == "L"
+
+
+def test_the_picture_is_in_the_format_of_its_ending(workplace):
+    for ending, format in (("jpg", "JPEG"), ("JPEG", "JPEG"), ("png", "PNG"), ("webp", "WEBP")):
+        run("--num-variations", "1", "--output", f"grid.{ending}")
+        assert Image.open(f"grid.{ending}").format == format
+
+
+# Refusals
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        ("--checkpoint missing.pth", 2, "make one with `python train.py`"),
+        (
+            "--checkpoint checkpoints_best/missing.pth",
+            2,
+            "there is checkpoints_best/last.pth, checkpoints_best/vae_model_8",
+        ),
+        ("--checkpoint broken.jpg", 1, "broken.jpg is not a checkpoint"),
+        ("--image missing.jpg", 2, "missing.jpg"),
+        ("--image broken.jpg", 1, "broken.jpg cannot be read as an image"),
+        ("--image broken.jpg --mode reconstruct", 1, "broken.jpg can be read"),
+        ("--image empty", 2, "no photo in empty"),
+        ("--mode collage", 2, "one of variations, reconstruct, sample"),
+        ("--noise pink", 2, '"population" or "posterior"'),
+        ("--w 1.5", 2, "W is 1.5"),
+        ("--w -0.1", 2, "from 0 to 1"),
+        ("--w nan", 2, "from 0 to 1"),
+        ("--num-variations 0", 2, "at least 1"),
+        ("--seed -1", 2, "at least 0"),
+        ("--device tpu", 2, "DEVICE"),
+        ("--output grid.xyz", 2, ".webp"),
+        ("--output grid", 2, ".webp"),
+    ],
+)
+def test_refusals(flags, code, words, workplace, capsys):
+    (workplace / "broken.jpg").write_text("no photo")
+    (workplace / "empty").mkdir()
+    before = sorted(workplace.rglob("*"))
+    stopped, said = refusal(run, capsys, *flags.split())
+    assert stopped == code and words in said
+    assert sorted(workplace.rglob("*")) == before
+
+
+def test_w_must_be_a_number(capsys):
+    with pytest.raises(SystemExit) as stop:
+        genpic.main(["--w", "much"])
+    assert stop.value.code == 2 and "--w" in capsys.readouterr().err

@@ -1,0 +1,330 @@
+"""Training: photos and cache, split and order, schedules, figures, files, resuming, refusals."""
+
+import csv
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, TRAINED, draw_faces, refusal
+from PIL import Image
+
+import train
+import vae
+
+CPU = torch.device("cpu")
+
+
+def main(*flags):
+    """Train in the current folder."""
+    train.main(list(flags))
+
+
+def run(*flags):
+    """Train the small model on the drawn faces in the current folder."""
+    main("--data", "faces", *SMALL, *flags)
+
+
+def same_weights(one, other):
+    """Whether two checkpoints hold the same tensors, bit for bit."""
+    states = [vae.load_checkpoint(path)[0].state_dict() for path in (one, other)]
+    return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+# Photos
+def test_photos_are_decoded_once_and_what_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw_faces(tmp_path / "faces/some folder", 6)
+    (tmp_path / "faces/broken.jpg").write_text("no photo")
+    train.DATA, train.IMAGE_SIZE = "faces", 32
+    photos = train.load_photos(CPU)
+    said = capsys.readouterr().out
+    assert "broken.jpg" in said and "(1 files skipped)" in said
+    assert photos.shape == (6, 32, 32, 3) and photos.dtype == torch.uint8
+    for row, path in zip(photos, vae.find_images("faces/some folder"), strict=True):
+        expected = vae.celeb_transforms(32)[0](vae.read_image(path))
+        torch.testing.assert_close(row.permute(2, 0, 1) / 255, expected)
+
+    monkeypatch.setattr(train, "read_image", None)  # no photo is opened again
+    assert torch.equal(train.load_photos(CPU), photos)
+
+
+def test_cache_follows_the_photos(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = draw_faces(tmp_path / "faces", 3)
+    keys = set()
+    changes = [lambda: None, lambda: os.utime(folder / "face 000.jpg", (1, 1)), lambda: draw_faces(folder, 4)]
+    for change in [*changes, lambda: setattr(train, "IMAGE_SIZE", 16)]:
+        change()
+        keys.add(train.cache_path(folder, vae.find_images(folder)))
+    assert len(keys) == 4
+    folder.rename(tmp_path / "moved")
+    assert train.cache_path(tmp_path / "moved", vae.find_images(tmp_path / "moved")) in keys
+
+
+def test_split_is_disjoint_and_drawn_by_the_seed():
+    for count in (3, 4, 19, 1000):
+        trained, validated = train.split_photos(count)
+        assert sorted([*trained.tolist(), *validated.tolist()]) == list(range(count))
+        assert len(validated) == max(1, round(count * train.VAL_FRACTION))
+    again = train.split_photos(1000)
+    assert torch.equal(again[0], trained)
+    train.SEED = 1
+    assert not torch.equal(train.split_photos(1000)[0], trained)
+    train.VAL_FRACTION = 0.99
+    assert len(train.split_photos(3)[0]) == 2
+
+
+def test_batches_are_images_in_channels_last():
+    photos = torch.randint(0, 256, (5, 8, 6, 3), dtype=torch.uint8)
+    images = train.load_batch(photos, torch.tensor([4, 0]), CPU)
+    torch.testing.assert_close(images, photos[[4, 0]].permute(0, 3, 1, 2) / 255)
+    assert images.is_contiguous(memory_format=torch.channels_last) and images.dtype == torch.float32
+
+
+def test_about_half_of_the_images_are_mirrored():
+    images = torch.rand(400, 1, 2, 8)
+    mirrored = train.mirror_half(images)
+    flipped = [torch.equal(one, other.flip(2)) for one, other in zip(mirrored, images, strict=True)]
+    kept = [torch.equal(one, other) for one, other in zip(mirrored, images, strict=True)]
+    assert 150 < sum(flipped) < 250 and sum(flipped) + sum(kept) == 400
+
+
+# Schedules
+def test_learning_rate_rises_to_its_peak_and_falls_to_zero():
+    rates = [train.learning_rate(progress) for progress in np.linspace(0, 1, 1001)]
+    peak = int(np.argmax(rates))
+    assert rates[0] == 0 and rates[-1] == pytest.approx(0) and 40 <= peak <= 60
+    assert rates[peak] == pytest.approx(train.LEARNING_RATE, rel=0.01)
+    assert rates == sorted(rates[:peak]) + sorted(rates[peak:], reverse=True)
+
+
+def test_kl_weight():
+    assert train.kl_weight(0.0) == train.kl_weight(1.0) == train.BETA
+    train.EPOCHS, train.KL_WARMUP_EPOCHS = 10, 4
+    assert [train.kl_weight(epoch / 10) for epoch in (0, 2, 4, 10)] == pytest.approx([0, 0.066, 0.132, 0.132])
+    train.RECONSTRUCTION = "sigma"
+    assert train.kl_weight(0.2) == pytest.approx(0.5) and train.kl_weight(1.0) == 1
+
+
+# Figures
+@pytest.mark.parametrize("kind", ["mse", "bce", "sigma"])
+def test_validation_does_not_depend_on_batches(kind):
+    train.RECONSTRUCTION, train.AMP = kind, False
+    model, photos = vae.VAE(16, 1, [4], 3).eval(), torch.randint(0, 256, (11, 16, 16, 1), dtype=torch.uint8)
+    with torch.no_grad():
+        model(torch.rand(8, 1, 16, 16))
+        x = photos.permute(0, 3, 1, 2) / 255
+        mu, log_var = model.encode(x)
+        recon = model.decode(mu)
+    expected = (
+        vae.reconstruction_loss(recon, x, kind).mean() + train.kl_weight(1) * vae.kl_divergence(mu, log_var).mean()
+    )
+    for train.BATCH_SIZE in (11, 4, 5):
+        figures = train.evaluate(model, photos, torch.arange(11), CPU)
+        assert figures["val_loss"] == pytest.approx(expected.item(), rel=1e-5)
+        assert figures["val_psnr"] == pytest.approx(-10 * math.log10(((recon - x) ** 2).mean()), abs=1e-4)
+
+
+def test_bfloat16_gives_the_same_figures(trained):
+    model, _ = vae.load_checkpoint(trained / TRAINED)
+    photos = torch.from_numpy(np.fromfile(next((trained / "data/cache").iterdir()), np.uint8)).view(-1, 32, 32, 3)
+    train.AMP = False
+    exact = train.evaluate(model, photos, torch.arange(len(photos)), CPU)["val_psnr"]
+    with torch.autocast("cpu", torch.bfloat16), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "autocast", lambda device: torch.autocast("cpu", torch.bfloat16))
+        rounded = train.evaluate(model, photos, torch.arange(len(photos)), CPU)["val_psnr"]
+    assert rounded == pytest.approx(exact, abs=0.05) and rounded != exact
+
+
+def test_training_learns(trained):
+    with open(trained / "checkpoints_best/history.csv") as file:
+        first, *_, last = csv.DictReader(file)
+    assert float(last["train_loss"]) < 0.75 * float(first["train_loss"])
+
+
+# What a run leaves behind
+def test_files_of_a_run(trained):
+    out = trained / "checkpoints_best"
+    names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    progress = {
+        f"progress/epoch_0{epoch}_{kind}.png" for epoch in range(1, 9) for kind in ("reconstructions", "samples")
+    }
+    assert names == {"vae_model_8.pth", "last.pth", "history.csv", "loss_curves.png"} | progress
+    assert Image.open(out / "progress/epoch_08_reconstructions.png").size == (2 * 34 + 2, 2 * 34 + 2)  # 2 held out
+    assert Image.open(out / "progress/epoch_08_samples.png").size == (8 * 34 + 2, 8 * 34 + 2)
+
+
+def test_checkpoint_holds_the_best_weights_and_describes_itself(trained):
+    model, info = vae.load_checkpoint(trained / TRAINED)
+    with open(trained / "checkpoints_best/history.csv") as file:
+        best = min(csv.DictReader(file), key=lambda row: float(row["val_loss"]))
+    assert info["epoch"] == int(best["epoch"]) and info["val_loss"] == float(best["val_loss"])
+    assert model.config == {"image_size": 32, "channels": 3, "hidden_dims": [8, 16], "latent_dim": 8}
+    assert info["constants"]["EPOCHS"] == 8 and info["constants"]["BETA"] == 0.132 and model.prior_is_fitted()
+
+
+def test_prior_is_fitted_to_the_weights_that_are_saved(workplace):
+    model, info = vae.load_checkpoint(TRAINED)
+    fitted = model.latent_mean.clone(), model.latent_scale.clone()
+    vars(train).update(info["constants"])
+    photos = train.load_photos(CPU)
+    train.fit_prior(model, photos, train.split_photos(len(photos))[0], CPU)
+    torch.testing.assert_close((model.latent_mean, model.latent_scale), fitted)
+
+
+def test_checkpoints_of_other_runs_are_kept(workplace, capsys):
+    out = workplace / "checkpoints_best"
+    first = (out / "vae_model_8.pth").read_bytes()
+    (out / "vae_model_1.pth").write_bytes(first)
+    for kept in ("vae_model_1.previous.pth", "vae_model_1.previous-2.pth"):
+        run("--epochs", "1", "--seed", str(len(kept)))
+        assert kept in capsys.readouterr().out
+    assert (out / "vae_model_1.previous.pth").read_bytes() == first
+    assert (out / "vae_model_8.pth").read_bytes() == first
+    assert not same_weights(out / "vae_model_1.pth", out / "vae_model_1.previous-2.pth")
+
+
+def test_the_same_settings_give_the_same_weights(workplace):
+    run("--epochs", "8", "--output-dir", "again")
+    assert same_weights("again/vae_model_8.pth", TRAINED)
+
+
+@pytest.mark.parametrize("data", [[], ["--data", "data/train"]])
+def test_demo_faces_stand_in_while_there_are_no_photos(tmp_path, monkeypatch, capsys, data):
+    monkeypatch.chdir(tmp_path)
+    draw_faces(tmp_path / "data/demo", 9)
+    train.main([*SMALL, "--epochs", "1", *data])
+    assert "demo faces in data/demo" in capsys.readouterr().out
+    assert (tmp_path / "checkpoints_best/vae_model_1.pth").exists()
+
+
+def test_smallest_sets(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw_faces(tmp_path / "faces", 3)
+    run("--epochs", "1")
+    assert "2 to train on in batches of 2, 1 to validate on" in capsys.readouterr().out
+    draw_faces(tmp_path / "faces", 10)
+    run("--epochs", "1")  # 9 to train on in batches of 8: the last photo alone would make BatchNorm fail
+
+
+def test_compiling_that_fails_costs_only_a_line(monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda model: type("Broken", (torch.nn.Module,), {"forward": fail})())
+    model, train.COMPILE = vae.VAE(), "yes"
+    assert train.compiled(model, CPU) is model
+    assert "Compiling the model fails here (RuntimeError)" in capsys.readouterr().out
+
+
+# Stopping and resuming
+class Interrupt:
+    """Stands in for train_step: sends this process a signal during the step of that number."""
+
+    def __init__(self, at, number):
+        self.step, self.at, self.number = train.train_step, at, number
+
+    def __call__(self, network, optimizer, images, step, progress):
+        if step == self.at:
+            os.kill(os.getpid(), self.number)
+        return self.step(network, optimizer, images, step, progress)
+
+
+@pytest.mark.parametrize(("at", "number"), [(0, 2), (4, 2), (7, signal.SIGTERM), (12, 2), (19, 2)])
+def test_a_stopped_run_goes_on_as_if_it_never_stopped(workplace, monkeypatch, capsys, at, number):
+    flags = ["--epochs", "4", "--kl-warmup-epochs", "3"]
+    run(*flags, "--output-dir", "whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(train, "train_step", Interrupt(at, number))
+        run(*flags, "--output-dir", "parts")
+    assert stop.value.code == 128 + number
+    said = capsys.readouterr().out
+    assert f"Stopped in epoch {at // 5 + 1}" in said and "python train.py --data faces" in said and "--resume" in said
+
+    run(*flags, "--output-dir", "parts", "--resume")
+    assert same_weights("whole/last.pth", "parts/last.pth")
+    assert same_weights("whole/vae_model_4.pth", "parts/vae_model_4.pth")
+    runs = [vae.load_checkpoint(f"{name}/last.pth")[1]["run"]["history"] for name in ("whole", "parts")]
+    assert [{**row, "images_per_second": 0} for row in runs[0]] == [{**row, "images_per_second": 0} for row in runs[1]]
+
+
+def test_resuming_a_finished_run_says_so(workplace, capsys):
+    run("--epochs", "8", "--resume")
+    assert "after epoch 8 of 8" in capsys.readouterr().out
+
+
+def test_a_run_does_not_go_on_with_other_settings(workplace, capsys):
+    code, said = refusal(run, capsys, "--resume", "--epochs", "3", "--batch-size", "4")
+    assert code == 2 and "BATCH_SIZE was 8 and is 4; EPOCHS was 8 and is 3" in said
+    draw_faces(workplace / "faces", 41)
+    code, said = refusal(run, capsys, "--resume", "--epochs", "8")
+    assert code == 2 and "photos was 40 and is 41" in said
+
+
+def test_nothing_to_resume(workplace, capsys):
+    code, said = refusal(run, capsys, "--resume", "--output-dir", "nowhere")
+    assert code == 2 and "no nowhere/last.pth to resume from" in said
+    (workplace / "checkpoints_best/last.pth").write_bytes((workplace / TRAINED).read_bytes())
+    assert refusal(run, capsys, "--resume", "--epochs", "8")[0] == 1
+
+
+# Refusals
+def test_folders_without_photos(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    code, said = refusal(main, capsys)
+    assert code == 2 and str(tmp_path / "data/demo") in said
+    for folder in ("empty", "missing"):
+        code, said = refusal(main, capsys, "--data", folder)
+        assert code == 2 and str(tmp_path / folder) in said and "--data" in said and "CelebA" in said
+
+
+def test_photos_that_do_not_suffice(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw_faces(tmp_path / "faces", 2)
+    code, said = refusal(run, capsys)
+    assert code == 1 and "holds 2 readable photos" in said
+    (tmp_path / "faces").rename(tmp_path / "other")
+    (tmp_path / "faces").mkdir()
+    (tmp_path / "faces/text.jpg").write_text("no photo")
+    code, said = refusal(run, capsys)
+    assert code == 1 and "None of the 1 files" in said
+    assert len(list(tmp_path.glob("data/cache/*"))) == 1 and not (tmp_path / "checkpoints_best").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--epochs 0", "--batch-size 1", "--learning-rate 0", "--learning-rate nan", "--reconstruction l1", "--beta -1"]
+    + ["--val-fraction 1", "--seed -1", "--compile maybe", "--kl-warmup-epochs 21", "--device tpu", "--device cuda:99"]
+    + [
+        "--image-size 8",
+        "--channels 2",
+        "--latent-dim 0",
+        "--hidden-dims 0",
+        "--image-size 16 --hidden-dims 1 1 1 1 1",
+    ],
+)
+def test_constants_that_cannot_be(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, said = refusal(main, capsys, *flags.split())
+    assert code == 2 and flags.split()[-2 if "1 1" not in flags else 2][2:].replace("-", "_").upper() in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", ["--epoch 3", "--epochs many", "--amp yes", "--hidden-dims", "more"])
+def test_flags_that_do_not_exist_end_with_usage(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags.split())
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("usage: ")
+
+
+def test_help_shows_every_constant_with_its_comment(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for text in ("--hidden-dims", "each stage halves the side (default: [32, 64, 128, 256, 512])", "--no-amp"):
+        assert text in said
+    assert "reached after 5 % of the run; lower it if the loss jumps about (default: 0.001)" in said

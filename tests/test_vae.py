@@ -1,0 +1,320 @@
+"""The model, its losses, its prior, its pictures and its files."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, draw_face
+from PIL import Image
+from torch.distributions import Independent, Normal, kl_divergence
+
+import vae
+from vae import VAE, UserError, load_checkpoint, read_image, save_checkpoint
+
+
+# The model
+@pytest.mark.parametrize(
+    ("image_size", "channels", "hidden_dims", "latent_dim"),
+    [(150, 3, [32, 64, 128, 256, 512], 128), (24, 1, [32, 64], 10), (64, 3, [8, 16, 32, 64], 16), (16, 3, [4] * 4, 1)]
+    + [(33, 1, [4], 3), (511, 1, [4] * 9, 2), (512, 3, [2] * 5, 2)],
+)
+def test_shapes_and_range(image_size, channels, hidden_dims, latent_dim):
+    model = VAE(image_size, channels, hidden_dims, latent_dim)
+    images = torch.rand(2, channels, image_size, image_size)
+    recon, mu, log_var = model(images)
+    assert recon.shape == images.shape and mu.shape == log_var.shape == (2, latent_dim)
+    assert recon.min() >= 0 and recon.max() <= 1
+    samples = model.eval().sample(3)
+    assert samples.shape == (3, channels, image_size, image_size) and not samples.requires_grad
+
+
+def test_default_model_has_the_published_layers():
+    state = VAE().state_dict()
+    assert sum(parameter.numel() for parameter in VAE().parameters()) == 8_077_155
+    layers = [f"encoder.{i}.{j}" for i in range(5) for j in (0, 1)] + ["fc_mu", "fc_var", "decoder_input"]
+    layers += [f"decoder.{i}.{j}" for i in range(4) for j in (0, 1)] + [f"final_layer.{i}" for i in (0, 1, 3)]
+    norms = [name for name in layers if name.endswith(".1")]
+    expected = {f"{name}.{kind}" for name in layers for kind in ("weight", "bias")}
+    expected |= {f"{n}.{kind}" for n in norms for kind in ("running_mean", "running_var", "num_batches_tracked")}
+    assert set(state) == expected | {"latent_mean", "latent_scale"}
+    assert state["fc_mu.weight"].shape == (128, 12_800) and state["final_layer.3.weight"].shape == (3, 32, 3, 3)
+    assert state["encoder.0.0.weight"].shape == (32, 3, 3, 3) and state["decoder.0.0.weight"].shape == (512, 256, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(15, 3, [4], 2), (513, 3, [4], 2), (32, 2, [4], 2), (32, 3, [4], 0), (32, 3, [], 2), (32, 3, [4, 0], 2)]
+    + [(16, 3, [4] * 5, 2), (150, 3, [4] * 9, 2), (512, 3, [4] * 10, 2)],
+)
+def test_arguments_that_make_no_model(arguments):
+    with pytest.raises(ValueError, match=r"^[A-Z_]+ is .* it must be "):
+        VAE(*arguments)
+
+
+def test_reparameterize_draws_from_the_posterior():
+    mu, log_var = torch.tensor([[1.0, -2.0]]).expand(200_000, 2), torch.tensor([[0.0, -2.0]]).expand(200_000, 2)
+    z = VAE(16, 1, [2], 2).reparameterize(mu, log_var)
+    torch.testing.assert_close(z.mean(0), mu[0], atol=0.01, rtol=0)
+    torch.testing.assert_close(z.std(0), torch.exp(0.5 * log_var[0]), atol=0.01, rtol=0)
+
+
+def test_extreme_log_var_never_reaches_the_decoder():
+    model = VAE(16, 1, [4], 2)
+    for extreme in (1e30, -1e30):
+        torch.nn.init.constant_(model.fc_var.bias, extreme)
+        for mode in (model.train(), model.eval()):
+            recon, mu, log_var = mode(torch.rand(4, 1, 16, 16))
+            figures = [recon, vae.kl_divergence(mu, log_var), mode.reparameterize(mu, log_var), log_var]
+            assert all(figure.isfinite().all() for figure in figures)
+
+
+def test_importing_changes_nothing():
+    check = (
+        "import random, sys, torch, numpy; sys.argv.append('--help')\n"
+        "states = lambda: (torch.get_rng_state().tolist(), str(numpy.random.get_state()), random.getstate())\n"
+        "before = states(); import vae; assert states() == before"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+# Transforms
+def test_transforms_scale_the_short_side_and_crop_the_middle():
+    photo = Image.new("RGB", (400, 300), "red")  # a green square in the middle of a red photo: only it survives
+    photo.paste("lime", (50, 0, 350, 300))
+    image = vae.celeb_transform(photo)
+    assert image.shape == (3, 150, 150) and image.dtype == torch.float32
+    assert torch.equal(image[:, :, 2:-2], torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1).expand(3, 150, 146))
+    tall = vae.celeb_transform(photo.rotate(90, expand=True))
+    assert torch.equal(tall[:, 2:-2], torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1).expand(3, 146, 150))
+
+
+def test_transform_of_decoded_images_scales_them_without_cropping():
+    ramp = torch.linspace(0, 1, 160).expand(1, 3, 160, 160)
+    image = vae.celeb_transform1(ramp)
+    assert image.shape == (1, 3, 150, 150)
+    positions = (torch.arange(150) + 0.5) * 160 / 150 - 0.5
+    torch.testing.assert_close(image[0, 0, 0, 2:-2], (positions / 159)[2:-2], atol=1e-3, rtol=0)
+
+
+# Losses
+def test_kl_divergence_is_that_of_torch():
+    mu, log_var = torch.randn(5, 7), torch.randn(5, 7)
+    normal, posterior = Normal(torch.zeros(5, 7), 1.0), Normal(mu, torch.exp(0.5 * log_var))
+    expected = kl_divergence(Independent(posterior, 1), Independent(normal, 1))
+    torch.testing.assert_close(vae.kl_divergence(mu, log_var), expected)
+
+
+def test_reconstruction_losses_are_sums_per_image():
+    recon, x = torch.rand(4, 3, 8, 8) * 0.9 + 0.05, torch.rand(4, 3, 8, 8)
+    squared = ((recon - x) ** 2).flatten(1).sum(1)
+    torch.testing.assert_close(vae.reconstruction_loss(recon, x, "mse"), squared)
+    entropy = -(x * recon.log() + (1 - x) * (1 - recon).log()).flatten(1).sum(1)
+    torch.testing.assert_close(vae.reconstruction_loss(recon, x, "bce"), entropy)
+    sigma = ((recon - x) ** 2).mean().sqrt()
+    likelihood = Independent(Normal(recon, sigma), 3).log_prob(x)
+    torch.testing.assert_close(vae.reconstruction_loss(recon, x, "sigma"), -likelihood)
+
+
+def test_sigma_is_the_best_weight_there_is():
+    recon, x = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8)
+    best = vae.reconstruction_loss(recon, x, "sigma").mean()
+    sigma = ((recon - x) ** 2).mean().sqrt()
+    for other in (0.9 * sigma, 1.1 * sigma):
+        assert -Independent(Normal(recon, other), 3).log_prob(x).mean() > best
+
+
+def test_losses_are_computed_in_float32_inside_and_outside_autocast():
+    recon, x = torch.rand(2, 3, 8, 8).bfloat16(), torch.rand(2, 3, 8, 8)
+    for kind in ("mse", "bce", "sigma"):
+        assert vae.reconstruction_loss(recon, x, kind).dtype == torch.float32
+
+
+def test_psnr():
+    assert vae.psnr(squared_error=0.01 * 300, pixels=300) == pytest.approx(20)
+    assert math.isfinite(vae.psnr(0, 300))
+
+
+# The fitted prior
+def test_fitted_prior_is_the_gaussian_of_the_aggregate_posterior():
+    model = VAE(16, 1, [2], 3)
+    mixing = torch.tensor([[2.0, 0, 0], [1, 0.1, 0], [0, -1, 0.5]])
+    mu, log_var = torch.randn(50_000, 3) @ mixing.T + torch.tensor([5.0, 0, -1]), torch.full((50_000, 3), -1.0)
+    model.fit_prior(mu, log_var)
+    draws = mu + torch.exp(0.5 * log_var) * torch.randn(50_000, 3)
+    torch.testing.assert_close(model.latent_mean, draws.mean(0), atol=0.03, rtol=0)
+    assert torch.equal(model.latent_scale, model.latent_scale.tril()) and model.prior_is_fitted()
+    torch.testing.assert_close(model.latent_scale @ model.latent_scale.T, torch.cov(draws.T), atol=0.1, rtol=0.03)
+    samples = model.draw_latents(torch.randn(50_000, 3))
+    torch.testing.assert_close(torch.cov(samples.T), torch.cov(draws.T), atol=0.1, rtol=0.03)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_fitted_prior_is_positive_definite_for_few_photos(count):
+    model = VAE(16, 1, [2], 8)
+    model.fit_prior(torch.randn(count, 8), torch.full((count, 8), -20.0))
+    assert model.latent_scale.diagonal().min() >= 1e-3 * 0.99
+
+
+def test_prior_is_standard_normal_at_first():
+    model = VAE(16, 1, [2], 4)
+    eps = torch.randn(5, 4)
+    assert torch.equal(model.draw_latents(eps), eps) and not model.prior_is_fitted()
+
+
+def test_latent_noise_of_a_row_depends_on_seed_and_row_alone():
+    few, many = vae.latent_noise(3, 2, 5), vae.latent_noise(3, 9, 5)
+    assert torch.equal(few, many[:2]) and len(many.unique()) == 45
+    assert not torch.equal(few, vae.latent_noise(4, 2, 5))
+
+
+# Photos
+def test_photos_are_turned_upright(tmp_path):
+    photo = draw_face(1, size=(60, 40))
+    for orientation, turn in ((3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_90)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        photo.transpose(turn).save(tmp_path / "turned.png", exif=exif)
+        assert np.array_equal(read_image(tmp_path / "turned.png"), photo)
+
+
+def test_modes_of_photos(tmp_path):
+    grey = np.tile(np.arange(0, 256, 5, dtype=np.uint8), (20, 1))
+    expected = Image.fromarray(grey).convert("RGB")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16bit.png")
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    expected.quantize(64).save(tmp_path / "palette.png")
+    expected.convert("CMYK").save(tmp_path / "cmyk.tiff")
+    for name in ("16bit.png", "grey.png", "palette.png", "cmyk.tiff"):
+        image = read_image(tmp_path / name)
+        assert image.mode == "RGB" and np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 2
+    assert np.array_equal(read_image(tmp_path / "16bit.png", channels=1), grey)
+
+
+def test_transparent_areas_lie_over_white(tmp_path):
+    photo = Image.new("RGBA", (4, 4), (255, 0, 0, 255))
+    photo.putpixel((0, 0), (0, 0, 0, 0))
+    photo.putpixel((1, 0), (0, 0, 0, 128))
+    photo.save(tmp_path / "holes.png")
+    image = read_image(tmp_path / "holes.png")
+    pixels = [image.getpixel((x, 0)) for x in range(3)]
+    assert pixels == [(255, 255, 255), (127, 127, 127), (255, 0, 0)]
+
+
+def test_what_is_not_a_photo_is_refused(tmp_path):
+    draw_face(1).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])
+    (tmp_path / "text.jpg").write_text("this is no photo")
+    (tmp_path / "empty.png").touch()
+    for name, code in (("cut.jpg", 1), ("text.jpg", 1), ("empty.png", 1), ("missing.jpg", 2)):
+        with pytest.raises(UserError, match=name) as refused:
+            read_image(tmp_path / name)
+        assert refused.value.code == code
+
+
+def test_images_are_found_in_all_folders_and_loops_end(tmp_path):
+    for name in ("b.JPG", "a/c.png", "a/note.txt", ".hidden/d.png", "a/._c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    assert vae.find_images(tmp_path) == [tmp_path / "a/c.png", tmp_path / "b.JPG"]
+
+
+def test_grids(tmp_path):
+    images = torch.linspace(0, 1, 5).view(5, 1, 1, 1).expand(5, 1, 10, 10)
+    vae.save_grid(images, tmp_path / "new folder" / "grid.png", columns=3)
+    grid = Image.open(tmp_path / "new folder" / "grid.png")
+    assert grid.mode == "L" and grid.size == (3 * 12 + 2, 2 * 12 + 2)
+    assert grid.getpixel((5, 5)) == 0 and grid.getpixel((17, 17)) == 255 and grid.getpixel((17, 5)) == 64
+    pairs = vae.paired(images, images + 10, columns=3)
+    assert pairs[:, 0, 0, 0].tolist() == [0, 0.25, 0.5, 10, 10.25, 10.5, 0.75, 1, 1, 10.75, 11, 1]
+
+
+# Checkpoints
+def small_model():
+    """Return a model with a fitted prior and statistics that differ from those it is born with."""
+    model = VAE(24, 1, [4, 8], 5)
+    model(torch.rand(8, 1, 24, 24))
+    model.fit_prior(torch.randn(20, 5), torch.randn(20, 5))
+    return model.eval()
+
+
+def test_checkpoint_round_trip(tmp_path):
+    model = small_model()
+    save_checkpoint(tmp_path / "model.pth", model, epoch=3, constants={"BETA": 0.5, "HIDDEN_DIMS": [4, 8]})
+    loaded, info = load_checkpoint(tmp_path / "model.pth")
+    assert loaded.config == model.config and not loaded.training
+    assert info["epoch"] == 3 and info["constants"] == {"BETA": 0.5, "HIDDEN_DIMS": [4, 8]}
+    assert info["versions"]["torch"] == torch.__version__
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
+
+
+def test_bare_state_dict_loads_with_a_standard_prior(tmp_path):
+    state = {name: tensor for name, tensor in VAE().state_dict().items() if not name.startswith("latent_")}
+    torch.save(state, tmp_path / "published.pth")
+    model, info = load_checkpoint(tmp_path / "published.pth")
+    assert model.config == VAE().config and info == {} and not model.prior_is_fitted() and not model.training
+    assert torch.equal(model.fc_mu.weight, state["fc_mu.weight"])
+
+
+def test_pickled_module_loads(tmp_path):
+    script = """
+import torch
+from torch import nn
+from vae import VAE
+layers = dict(VAE(24, 1, [4, 8], 5).named_children())
+nn.Module.__init__(old := VAE.__new__(VAE))
+for name, layer in layers.items():
+    if isinstance(layer, nn.Linear):
+        layer.__class__ = nn.Linear
+    setattr(old, name, layer)
+old.final_layer.append(nn.Sigmoid())
+old.final_dim, old.size = 8, 6
+torch.save(old.train(), "old.pth"); torch.save(old.fc_mu.weight, "weight.pth")
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=True)
+    model, _ = load_checkpoint(tmp_path / "old.pth")
+    assert torch.equal(model.fc_mu.weight, torch.load(tmp_path / "weight.pth")) and not model.training
+    assert model.config == VAE(24, 1, [4, 8], 5).config
+
+
+class Evil:
+    def __reduce__(self):
+        return (exec, ("open('executed', 'w')",))
+
+
+def test_files_that_are_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = small_model()
+    save_checkpoint("whole.pth", model)
+    with open("whole.pth", "rb") as whole, open("cut.pth", "wb") as cut:
+        cut.write(whole.read()[:5000])
+    with open("text.pth", "w") as text:
+        text.write("version https://git-lfs.github.com/spec/v1\n")
+    torch.save({"state_dict": Evil()}, "evil.pth")
+    torch.save([1, 2], "list.pth")
+    torch.save(torch.zeros(3), "tensor.pth")
+    state = model.state_dict()
+    torch.save({**state, "fc_mu.bias": torch.zeros(6)}, "shape.pth")
+    torch.save({name: tensor for name, tensor in state.items() if name != "fc_mu.bias"}, "missing key.pth")
+    torch.save({**state, "more": torch.zeros(1)}, "more keys.pth")
+    for name in ("cut", "text", "evil", "list", "tensor", "shape", "missing key", "more keys"):
+        with pytest.raises(UserError, match=f"^{name}.pth (is|does) not") as refused:
+            load_checkpoint(f"{name}.pth")
+        assert "\n" not in str(refused.value) and refused.value.code == 1
+    with pytest.raises(UserError, match=r"fc_mu.bias: \(6,\) in the file, \(5,\) in the model"):
+        load_checkpoint("shape.pth")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(RuntimeError), vae.atomic_write(tmp_path / "file") as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1

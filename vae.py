@@ -1,0 +1,390 @@
+"""A convolutional variational autoencoder (VAE) for face photos, and the little that train.py and genpic.py share.
+
+    from vae import load_checkpoint
+    model, info = load_checkpoint("checkpoints_best/vae_model_20.pth")
+    images = model.sample(16)                       # (16, 3, 150, 150), values in [0, 1]
+
+Importing this file has no effect of its own: it prints nothing, draws no random number, reads no flag.
+"""
+
+import argparse
+import functools
+import math
+import os
+import re
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
+from torch import nn
+from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
+from torchvision.utils import make_grid
+
+# The model. A checkpoint carries these four, so genpic.py needs none of them.
+IMAGE_SIZE = 150  # side of the square pictures in pixels, 16 to 512; training time grows with its square
+CHANNELS = 3  # 3 for colour, 1 for grey
+LATENT_DIM = 128  # numbers in a latent code; fewer give plainer pictures and smoother interpolations
+HIDDEN_DIMS = [32, 64, 128, 256, 512]  # channels of the encoder, mirrored by the decoder; each stage halves the side
+
+LOG_VAR_RANGE = (-20.0, 10.0)  # exp() stays finite and positive, in float32 and in bfloat16
+
+
+# The model
+def celeb_transforms(size):
+    """Return the transforms (photo -> (C, size, size) tensor in [0, 1]) and (photo or tensor -> size x size)."""
+    crop = Compose([Resize(size, antialias=True), CenterCrop(size)])
+    return Compose([*crop.transforms, ToTensor()]), crop
+
+
+celeb_transform, celeb_transform1 = celeb_transforms(IMAGE_SIZE)
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that leaves autocast: bfloat16 would round a code of 6 by more than the posterior's sigma."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+class VAE(nn.Module):
+    """Variational autoencoder (Kingma & Welling 2014, arXiv:1312.6114) of strided convolutions.
+
+    Images are (B, channels, image_size, image_size) in [0, 1]; codes are (B, latent_dim). Raises ValueError for
+    arguments that make no model. The names in the state dict are a public format: published checkpoints use them.
+    """
+
+    def __init__(self, image_size=IMAGE_SIZE, channels=CHANNELS, hidden_dims=HIDDEN_DIMS, latent_dim=LATENT_DIM):
+        super().__init__()
+        check_arguments(image_size, channels, hidden_dims, latent_dim)
+        hidden_dims = list(hidden_dims)
+        self.config = {
+            "image_size": image_size,
+            "channels": channels,
+            "hidden_dims": hidden_dims,
+            "latent_dim": latent_dim,
+        }
+        side = math.ceil(image_size / 2 ** len(hidden_dims))  # each stage rounds up: 150 -> 75 -> 38 -> 19 -> 10 -> 5
+        self.bottom = (hidden_dims[-1], side, side)
+        up = hidden_dims[::-1]
+
+        self.encoder = nn.Sequential(*map(halve, [channels, *hidden_dims], hidden_dims))
+        self.fc_mu = Float32Linear(math.prod(self.bottom), latent_dim)
+        self.fc_var = Float32Linear(math.prod(self.bottom), latent_dim)
+        self.decoder_input = Float32Linear(latent_dim, math.prod(self.bottom))
+        self.decoder = nn.Sequential(*map(double, up, up[1:]))
+        self.final_layer = nn.Sequential(*double(up[-1], up[-1]), nn.Conv2d(up[-1], channels, 3, padding=1))
+        self.crop = celeb_transforms(image_size)[1]  # 160 x 160 -> 150 x 150
+
+        # The prior that `sample` draws from: N(0, I) until `fit_prior` has seen the codes of photos.
+        self.register_buffer("latent_mean", torch.zeros(latent_dim))
+        self.register_buffer("latent_scale", torch.eye(latent_dim))
+
+    def encode(self, x):
+        """Images (B, C, H, W) -> mean and log-variance of the posterior q(z|x), (B, L) each, in float32."""
+        features = self.encoder(x).flatten(1)
+        return self.fc_mu(features), self.fc_var(features).clamp(*LOG_VAR_RANGE)
+
+    def reparameterize(self, mu, log_var):
+        """Draw z ~ N(mu, exp(log_var)), (B, L), as eps * std + mu, so that gradients reach both."""
+        std = torch.exp(0.5 * log_var)
+        return torch.randn_like(std) * std + mu
+
+    def decode(self, z):
+        """Codes (B, L) -> images (B, C, H, W) in [0, 1], in float32."""
+        features = self.decoder(self.decoder_input(z).unflatten(1, self.bottom))
+        logits = self.final_layer(features).float()  # a sigmoid in bfloat16 is 1.0 from 0.998 on, where BCE is infinite
+        return self.crop(torch.sigmoid(logits))
+
+    def forward(self, x):
+        """Images (B, C, H, W) -> (reconstructions of the same shape, mu (B, L), log_var (B, L)); z is drawn."""
+        mu, log_var = self.encode(x)
+        return self.decode(self.reparameterize(mu, log_var)), mu, log_var
+
+    def draw_latents(self, eps):
+        """Standard normal noise (B, L) -> codes (B, L) of the prior: latent_mean + latent_scale @ eps."""
+        return self.latent_mean + eps @ self.latent_scale.T
+
+    @torch.no_grad()
+    def sample(self, n):
+        """Decode `n` codes drawn from the prior -> images (n, C, H, W) in [0, 1]."""
+        return self.decode(self.draw_latents(torch.randn(n, len(self.latent_mean), device=self.latent_mean.device)))
+
+    def fit_prior(self, mu, log_var):
+        """Make the prior the Gaussian of the aggregate posterior, given the codes (N, L) of any number of photos.
+
+        The mixture of N Gaussians has the covariance Cov(mu) + diag(mean exp(log_var)) (law of total variance); 1e-6
+        on the diagonal keeps it positive definite where rounding would not.
+        """
+        mu, variance = mu.cpu().double(), log_var.cpu().double().exp()
+        covariance = torch.cov(mu.T, correction=0).reshape(mu.shape[1], -1) + torch.diag(variance.mean(0) + 1e-6)
+        self.latent_mean.copy_(mu.mean(0))
+        self.latent_scale.copy_(torch.linalg.cholesky(covariance))
+
+    def prior_is_fitted(self):
+        """Whether `fit_prior` has been called on these weights; if not, the prior is N(0, I)."""
+        return not torch.equal(self.latent_scale, torch.eye(len(self.latent_scale), device=self.latent_scale.device))
+
+
+def check_arguments(image_size, channels, hidden_dims, latent_dim):
+    """Raise UserError, a ValueError, where the arguments of a VAE make no model."""
+    halvings = math.ceil(math.log2(max(image_size, 1)))
+    require(16 <= image_size <= 512, "IMAGE_SIZE", image_size, "from 16 to 512 pixels")
+    require(channels in (1, 3), "CHANNELS", channels, "3 (colour) or 1 (grey)")
+    require(latent_dim >= 1, "LATENT_DIM", latent_dim, "at least 1")
+    require(hidden_dims and min(hidden_dims) >= 1, "HIDDEN_DIMS", hidden_dims, "a list of channels, each at least 1")
+    stages = f"at most {halvings} stages long, for {image_size} pixels can be halved no more often"
+    require(len(hidden_dims) <= halvings, "HIDDEN_DIMS", hidden_dims, stages)
+
+
+def halve(inputs, outputs):
+    """Return an encoder stage: (B, inputs, H, W) -> (B, outputs, ceil(H / 2), ceil(W / 2))."""
+    convolution = nn.Conv2d(inputs, outputs, kernel_size=3, stride=2, padding=1)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.LeakyReLU(inplace=True))
+
+
+def double(inputs, outputs):
+    """Return a decoder stage: (B, inputs, H, W) -> (B, outputs, 2 H, 2 W)."""
+    convolution = nn.ConvTranspose2d(inputs, outputs, kernel_size=3, stride=2, padding=1, output_padding=1)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.LeakyReLU(inplace=True))
+
+
+# Losses: per image, summed over pixels and latents, so that their sum is a bound on the log-likelihood
+def reconstruction_loss(recon, x, kind):
+    """Loss (B,) of images (B, C, H, W) in [0, 1], summed over pixels, in float32.
+
+    "mse" is the squared error, "bce" the binary cross-entropy in nats, "sigma" the calibrated Gaussian in nats.
+    """
+    recon, x = recon.float(), x.float()
+    if kind == "bce":
+        return F.binary_cross_entropy(recon, x, reduction="none").sum((1, 2, 3))
+    squared_error = (recon - x).square().sum((1, 2, 3))
+    return calibrated_nll(squared_error, x[0].numel()) if kind == "sigma" else squared_error
+
+
+def calibrated_nll(squared_error, pixels):
+    """Negative log-likelihood (B,) in nats of errors (B,) under the Gaussian whose variance fits this very batch.
+
+    The analytic decoder variance of sigma-VAE: Rybkin, Daniilidis & Levine 2021, arXiv:2006.13202.
+    """
+    variance = (squared_error.mean() / pixels).clamp_min(1e-8)
+    return 0.5 * (squared_error / variance + pixels * torch.log(2 * math.pi * variance))
+
+
+def kl_divergence(mu, log_var):
+    """KL(N(mu, exp(log_var)) || N(0, I)) per image, (B, L) -> (B,), in nats (Kingma & Welling 2014, appendix B)."""
+    mu, log_var = mu.float(), log_var.float()
+    return 0.5 * (mu.square() + log_var.exp() - log_var - 1).sum(1)
+
+
+def psnr(squared_error, pixels):
+    """Peak signal-to-noise ratio in dB of a squared error summed over so many values in [0, 1]."""
+    return -10 * math.log10(max(squared_error / pixels, 1e-12))
+
+
+# Pictures
+def find_images(folder):
+    """Sorted paths of the files below `folder` whose ending Pillow reads; links are followed, hidden names are not."""
+    endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
+    found, visited = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in visited:  # a link back up would go round for ever
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(root, name) for name in names if not name.startswith(".")]
+    return [Path(path) for path in sorted(found) if os.path.splitext(path)[1].lower() in endings]
+
+
+def read_image(path, channels=CHANNELS):
+    """Read a photo upright, as an RGB (3 channels) or grey (1 channel) PIL image, transparent areas over white.
+
+    Raises UserError where the file does not exist or is not an image that Pillow can decode to the end.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits a pixel: convert() would clip them at 255
+                image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB" if channels == 3 else "L")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.", 2) from None
+    except Exception as error:  # on a broken file Pillow's decoders raise whatever they stumble over
+        raise UserError(f"{path} cannot be read as an image ({error}).") from None
+
+
+def paired(originals, reconstructions, columns):
+    """Interleave two batches (B, C, H, W) so that a grid of so many columns shows originals over reconstructions."""
+    blank = originals.new_ones(-len(originals) % columns, *originals.shape[1:])  # fills up a short last row
+    rows = [torch.cat([images, blank]).unflatten(0, (-1, columns)) for images in (originals, reconstructions)]
+    return torch.stack(rows, dim=1).flatten(0, 2)
+
+
+def save_grid(images, path, columns):
+    """Save images (B, C, H, W) in [0, 1] as one picture, 2 pixels apart, in the format of the path's ending."""
+    grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=1)
+    pixels = (grid[: images.shape[1]] * 255).round().byte()
+    picture = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())
+    with atomic_write(path) as partial:
+        picture.save(partial, quality=95)
+
+
+def latent_noise(seed, count, latent_dim):
+    """Standard normal noise (count, latent_dim); row k depends on (seed, k) alone, on any device."""
+    rows = [np.random.default_rng((seed, k)).standard_normal(latent_dim, dtype=np.float32) for k in range(count)]
+    return torch.from_numpy(np.stack(rows))
+
+
+# Checkpoints
+@contextmanager
+def atomic_write(path):
+    """Yield a path beside `path` to write to; it takes the place of `path` only when the block ends well."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, model, **info):
+    """Write a model and `info` (tensors and plain Python types) to a file that rebuilds the model by itself."""
+    state_dict = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    versions = {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
+    with atomic_write(path) as partial:
+        torch.save({"config": model.config, "state_dict": state_dict, "versions": versions, **info}, partial)
+
+
+def load_checkpoint(path, device="cpu"):
+    """Return (model in eval mode on `device`, info) from a file of save_checkpoint or of the model's forerunners.
+
+    Those are a bare state dict and a pickled whole module `vae.VAE`; their info is empty. Only tensors, plain Python
+    types and the layers of the model are ever unpickled. Raises UserError where the file is missing or anything else.
+    """
+    layers = [nn.Sequential, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.LeakyReLU, nn.Linear, nn.Sigmoid]
+    try:
+        with torch.serialization.safe_globals([VAE, *layers, set]):
+            info = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: `python train.py` makes a checkpoint.", 2) from None
+    except Exception as error:  # torch.load raises whatever its zip reader and its unpickler stumble over
+        raise UserError(f"{path} is not a checkpoint that can be read safely ({type(error).__name__}).") from None
+    if isinstance(info, VAE):
+        info = info.state_dict()
+    try:
+        info = info if "state_dict" in info else {"state_dict": dict(info)}
+        state_dict = info.pop("state_dict")
+        model = VAE(**info.pop("config", None) or infer_config(state_dict))
+        load_weights(model, state_dict)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not hold the weights of a VAE of this kind ({error}).") from None
+    return model.to(device).eval(), info
+
+
+def load_weights(model, state_dict):
+    """Copy a state dict into `model`; raise ValueError at the first name or shape that differs, the prior aside."""
+    expected = model.state_dict()
+    state_dict = {name: expected[name] for name in ("latent_mean", "latent_scale")} | state_dict
+    for name in expected | state_dict:
+        shapes = [tuple(weights[name].shape) if name in weights else None for weights in (state_dict, expected)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{name}: {shapes[0] or 'missing'} in the file, {shapes[1] or 'nothing'} in the model")
+    model.load_state_dict(state_dict)
+
+
+def infer_config(state_dict):
+    """Read the arguments of a VAE off the shapes of its weights; of the image sizes that fit, IMAGE_SIZE goes first."""
+    stages = [weight for name, weight in state_dict.items() if re.fullmatch(r"encoder\.\d+\.0\.weight", name)]
+    latent_dim, features = state_dict["fc_mu.weight"].shape
+    hidden_dims = [len(weight) for weight in stages]
+    side, scale = math.isqrt(features // hidden_dims[-1]), 2 ** len(hidden_dims)
+    image_size = IMAGE_SIZE if math.ceil(IMAGE_SIZE / scale) == side else side * scale
+    channels = stages[0].shape[1]
+    return {"image_size": image_size, "channels": channels, "hidden_dims": hidden_dims, "latent_dim": latent_dim}
+
+
+# Scripts: constants as flags, errors as sentences
+class UserError(ValueError):
+    """A sentence for the person at the keyboard, and the script's exit code: 2 for a setting that cannot be, else 1."""
+
+    def __init__(self, sentence, code=1):
+        super().__init__(sentence)
+        self.code = code
+
+
+def require(holds, name, value, wanted):
+    """Raise UserError where the constant `name` cannot be `value`."""
+    if not holds:
+        raise UserError(f"{name} is {value!r}: it must be {wanted}.", 2)
+
+
+def script(main):
+    """Decorate a script's main: what the user can mend ends it with one line on stderr and an exit code.
+
+    Constants that flags change get their values back at the end, so that each call starts from those in the script.
+    """
+
+    @functools.wraps(main)
+    def run(argv=None):
+        constants = {name: value for name, value in main.__globals__.items() if name.isupper()}
+        try:
+            main(argv)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        except (UserError, OSError) as error:
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+            raise SystemExit(getattr(error, "code", 1)) from None
+        finally:
+            main.__globals__.update(constants)
+
+    return run
+
+
+def override_constants(constants, argv=None):
+    """Set a script's UPPERCASE `constants`, its globals(), from flags of their names, and return them as a dict.
+
+    Name, type and default of a flag are those of the constant; its help is the comment beside the constant, in the
+    script or in this file. Other flags and values of another type end the script with its usage and exit code 2.
+    """
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Shows the defaults, and the docstring as it is."""
+
+    sources = [Path(file).read_text(encoding="utf-8") for file in (__file__, constants["__file__"])]
+    comments = dict(re.findall(r"^([A-Z][A-Z_0-9]*) = .*?  # (.*)$", "\n".join(sources), re.MULTILINE))
+    parser = argparse.ArgumentParser(description=constants["__doc__"], formatter_class=Formatter, allow_abbrev=False)
+    for name, value in constants.items():
+        if not name.isupper() or not isinstance(value, (int, float, str, list)):
+            continue
+        if isinstance(value, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(value, list):
+            kind = {"nargs": "+", "type": type(value[0])}
+        else:
+            kind = {"type": type(value)}
+        help = comments.get(name, "").replace("%", "%%")
+        parser.add_argument(f"--{name.lower().replace('_', '-')}", dest=name, default=value, help=help, **kind)
+    settings = vars(parser.parse_args(argv))
+    constants.update(settings)
+    return settings
+
+
+def pick_device(name):
+    """Return the torch.device of that name; "auto" is CUDA where there is one, else the CPU. May raise UserError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"DEVICE is {name!r}, which does not work here ({str(error).splitlines()[0]}).", 2) from None
