@@ -78,25 +78,28 @@ COMPILE = "auto"  # "yes" compiles the model first (a minute), "auto" only on CU
 
 def seed_of(use, index=0):
     """Return the seed (int) of one stream of random numbers: a pure function of SEED, its use (bytes) and an index."""
-    return int(np.random.SeedSequence((SEED, *use, index)).generate_state(1)[0])
+    return int(np.random.SeedSequence((SEED, *use, index)).generate_state(1, np.uint64)[0])
 
 
 # Photos
-def load_photos(device):
-    """Return all photos as a uint8 tensor (N, H, W, C): on the GPU where they fit, else mapped from the cache file."""
+def find_photos():
+    """Return the folder to learn from and the paths of its photos: DATA, or the demo while data/train is empty."""
     folder, paths = DATA, find_images(DATA)
     if not paths and Path(DATA) == Path("data/train"):
-        folder = "data/demo"
-        print(
-            f"No photos in {DATA}, so this run learns from the demo faces in {folder}. Put your own there, or --data."
-        )
-        paths = find_images(folder)
+        print("There are no photos in data/train yet, so this run learns from the demo faces in data/demo.")
+        folder, paths = "data/demo", find_images("data/demo")
     if not paths:
         raise UserError(
             f"No photos in {Path(folder).absolute()}: put some there, or point --data at a folder of them. "
-            f"CelebA's faces are img_align_celeba.zip at mmlab.ie.cuhk.edu.hk/projects/CelebA.html, to be unpacked.",
+            f"CelebA's faces are img_align_celeba.zip from mmlab.ie.cuhk.edu.hk/projects/CelebA.html; unpack it first.",
             2,
         )
+    return folder, paths
+
+
+def load_photos(device):
+    """Return all photos as a uint8 tensor (N, H, W, C): on the GPU where they fit, else mapped from the cache file."""
+    folder, paths = find_photos()
     cache = cache_path(folder, paths)
     if not cache.exists():
         build_cache(paths, cache)
@@ -113,8 +116,8 @@ def cache_path(folder, paths):
     """Return where the decoded photos are kept; it changes with their names, sizes and times and the target size."""
     digest = hashlib.sha256()
     for path in paths:
-        facts = path.stat() if path.exists() else None
-        line = f"{os.path.relpath(path, folder)}|{facts and (facts.st_size, facts.st_mtime_ns)}\n"
+        stat = path.stat() if path.exists() else None  # None for a link to nowhere
+        line = f"{os.path.relpath(path, folder)}|{stat and (stat.st_size, stat.st_mtime_ns)}\n"
         digest.update(line.encode(errors="surrogateescape"))
     return Path(f"data/cache/{IMAGE_SIZE}x{IMAGE_SIZE}x{CHANNELS}-{digest.hexdigest()[:16]}.u8")
 
@@ -353,7 +356,8 @@ def plot_history(history, path):
     """Draw loss, reconstruction and KL per epoch, of training (z drawn) and of validation (z = mu)."""
     from matplotlib.figure import Figure  # takes a second to import, so only here
 
-    panels = {"loss": "loss per photo", "reconstruction": f"{RECONSTRUCTION} per photo", "kl": "KL in nats per photo"}
+    measure = {"mse": "squared error", "bce": "cross-entropy in nats", "sigma": "Gaussian NLL in nats"}[RECONSTRUCTION]
+    panels = {"loss": "loss per photo", "reconstruction": f"{measure}, per photo", "kl": "KL in nats, per photo"}
     figure = Figure(figsize=(11, 3.2), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for split, style in (("train", "o-"), ("val", "o--")):
@@ -405,14 +409,22 @@ def resume_run(model, optimizer, settings, count):
 
 def describe_run(model, device, run, train_set, val_set):
     """Print what is about to happen: the split, the model, the machine, and where a resumed run goes on."""
-    batch = f"batches of {min(BATCH_SIZE, len(train_set))}"
-    print(f"Split       {len(train_set):,} to train on in {batch}, {len(val_set):,} to validate on")
+    batch = min(BATCH_SIZE, len(train_set))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"Model       {IMAGE_SIZE}x{IMAGE_SIZE}x{CHANNELS}, latent {LATENT_DIM}, {parameters:,} parameters")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"Device      {device} ({name}), {'bfloat16' if AMP and has_bfloat16(device.type) else 'float32'}")
+    precision = "bfloat16" if AMP and has_bfloat16(device.type) else "float32"
+    print(f"Split       {len(train_set):,} to train on in batches of {batch}, {len(val_set):,} to validate on")
+    print(f"Model       {IMAGE_SIZE}x{IMAGE_SIZE}x{CHANNELS}, latent {LATENT_DIM}, {parameters:,} parameters")
+    print(f"Device      {device} ({name}), {precision}")
     if RESUME:
-        print(f"Resuming    after epoch {run['epoch']} of {EPOCHS} and {run['step']} steps", flush=True)
+        print(f"Resuming    after epoch {run['epoch']} of {EPOCHS} and {run['step']} steps of the next")
+    sys.stdout.flush()  # an epoch may take hours, and a log file should tell of it from the start
+
+
+def resume_command(argv):
+    """Return the command line that goes on with the run that these flags (None: those of the process) started."""
+    flags = sys.argv[1:] if argv is None else argv
+    return shlex.join(["python", "train.py", *(flag for flag in flags if flag != "--resume"), "--resume"])
 
 
 def describe_result(run):
@@ -472,8 +484,7 @@ def main(argv=None):
             speed = train_epoch(network, optimizer, photos, train_set, run, stopping)
             if stopping:
                 save_last(model, optimizer, run, settings)
-                flags = shlex.join([flag for flag in argv or sys.argv[1:] if flag != "--resume"])
-                print(f"Stopped in epoch {run['epoch'] + 1}. To go on: python train.py {flags} --resume")
+                print(f"Stopped in epoch {run['epoch'] + 1}. To go on: {resume_command(argv)}")
                 raise SystemExit(128 + stopping[0])
             finish_epoch(model, optimizer, photos, train_set, val_set, run, speed, settings)
     describe_result(run)

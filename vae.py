@@ -44,14 +44,6 @@ def celeb_transforms(size):
 celeb_transform, celeb_transform1 = celeb_transforms(IMAGE_SIZE)
 
 
-class Float32Linear(nn.Linear):
-    """A linear layer that leaves autocast: bfloat16 would round a code of 6 by more than the posterior's sigma."""
-
-    def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
-
-
 class VAE(nn.Module):
     """Variational autoencoder (Kingma & Welling 2014, arXiv:1312.6114) of strided convolutions.
 
@@ -74,9 +66,9 @@ class VAE(nn.Module):
         up = hidden_dims[::-1]
 
         self.encoder = nn.Sequential(*map(halve, [channels, *hidden_dims], hidden_dims))
-        self.fc_mu = Float32Linear(math.prod(self.bottom), latent_dim)
-        self.fc_var = Float32Linear(math.prod(self.bottom), latent_dim)
-        self.decoder_input = Float32Linear(latent_dim, math.prod(self.bottom))
+        self.fc_mu = nn.Linear(math.prod(self.bottom), latent_dim)
+        self.fc_var = nn.Linear(math.prod(self.bottom), latent_dim)
+        self.decoder_input = nn.Linear(latent_dim, math.prod(self.bottom))
         self.decoder = nn.Sequential(*map(double, up, up[1:]))
         self.final_layer = nn.Sequential(*double(up[-1], up[-1]), nn.Conv2d(up[-1], channels, 3, padding=1))
         self.crop = celeb_transforms(image_size)[1]  # 160 x 160 -> 150 x 150
@@ -88,7 +80,7 @@ class VAE(nn.Module):
     def encode(self, x):
         """Images (B, C, H, W) -> mean and log-variance of the posterior q(z|x), (B, L) each, in float32."""
         features = self.encoder(x).flatten(1)
-        return self.fc_mu(features), self.fc_var(features).clamp(*LOG_VAR_RANGE)
+        return self.fc_mu(features).float(), self.fc_var(features).float().clamp(*LOG_VAR_RANGE)
 
     def reparameterize(self, mu, log_var):
         """Draw z ~ N(mu, exp(log_var)), (B, L), as eps * std + mu, so that gradients reach both."""
@@ -297,9 +289,9 @@ def load_weights(model, state_dict):
     expected = model.state_dict()
     state_dict = {name: expected[name] for name in ("latent_mean", "latent_scale")} | state_dict
     for name in expected | state_dict:
-        shapes = [tuple(weights[name].shape) if name in weights else None for weights in (state_dict, expected)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"{name}: {shapes[0] or 'missing'} in the file, {shapes[1] or 'nothing'} in the model")
+        found, wanted = (tuple(ws[name].shape) if name in ws else "nothing" for ws in (state_dict, expected))
+        if found != wanted:
+            raise ValueError(f"{name} is {found} in the file and {wanted} in the model")
     model.load_state_dict(state_dict)
 
 

@@ -197,7 +197,7 @@ def test_demo_faces_stand_in_while_there_are_no_photos(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     draw_faces(tmp_path / "data/demo", 9)
     train.main([*SMALL, "--epochs", "1", *data])
-    assert "demo faces in data/demo" in capsys.readouterr().out
+    assert "the demo faces in data/demo" in capsys.readouterr().out
     assert (tmp_path / "checkpoints_best/vae_model_1.pth").exists()
 
 

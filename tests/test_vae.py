@@ -307,7 +307,7 @@ def test_files_that_are_no_checkpoint(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"^{name}.pth (is|does) not") as refused:
             load_checkpoint(f"{name}.pth")
         assert "\n" not in str(refused.value) and refused.value.code == 1
-    with pytest.raises(UserError, match=r"fc_mu.bias: \(6,\) in the file, \(5,\) in the model"):
+    with pytest.raises(UserError, match=r"fc_mu.bias is \(6,\) in the file and \(5,\) in the model"):
         load_checkpoint("shape.pth")
     assert not (tmp_path / "executed").exists()
 
