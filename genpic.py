@@ -28,15 +28,15 @@ from vae import (
     script,
 )
 
-CHECKPOINT = "checkpoints_best/vae_model_20.pth"  # the model, as train.py leaves it
-IMAGE = "data/tested_data"  # a photo, or a folder: its first photo by name ("reconstruct" takes all of them)
-OUTPUT = "generated_images_grid2.jpg"  # the picture to write: .jpg, .png or .webp
-MODE = "variations"  # "variations" of the photo, "reconstruct" all photos, "sample" 10 x 10 new faces
-NUM_VARIATIONS = 10  # how many variations of the photo
-W = 0.01  # the w of the write-up: share of the code's variance drawn anew: 0 the same face, 0.1 a relative, 1 anyone
-NOISE = "population"  # what is drawn: "population" as faces differ, "posterior" as the encoder doubts (hardly visible)
-SEED = 0  # start of the random numbers; another one gives other variations and samples
-DEVICE = "auto"  # "auto" is CUDA where there is one, else the CPU; or name a device: "cpu", "cuda:1"
+CHECKPOINT: str = "checkpoints_best/vae_model_20.pth"  # the model, as train.py leaves it
+IMAGE: str = "data/tested_data"  # a photo, or a folder: its first photo by name ("reconstruct" takes all of them)
+OUTPUT: str = "generated_images_grid2.jpg"  # the picture to write: .jpg, .png or .webp
+MODE: str = "variations"  # "variations" of the photo, "reconstruct" all photos, "sample" 10 x 10 new faces
+NUM_VARIATIONS: int = 10  # how many variations of the photo
+W: float = 0.01  # the w of the write-up, share of the code's variance drawn anew: 0 the same face, 1 any other
+NOISE: str = "population"  # draw as faces differ, or "posterior": as the encoder doubts, which is hardly visible
+SEED: int = 0  # start of the random numbers; another one gives other variations and samples
+DEVICE: str = "auto"  # "auto" is CUDA where there is one, else the CPU; or name a device: "cpu", "cuda:1"
 
 
 # Photos and codes
@@ -55,13 +55,21 @@ def load_photo(model, path):
     return transform(read_image(path, model.config["channels"]))[None].to(model.latent_mean.device)
 
 
-def readable_photos(model, paths):
-    """Yield the photos (1, C, H, W) that can be read, and print which cannot."""
+def readable_photos(model):
+    """Yield (path, photo (1, C, H, W)) of the photos that IMAGE stands for, and print which cannot be read."""
+    paths, found = photo_paths(), False
     for path in paths:
         try:
-            yield load_photo(model, path)
+            photo = load_photo(model, path)
         except UserError as error:
-            print(f"Skipped: {error}")
+            if not Path(IMAGE).is_dir():
+                raise
+            print(f"Skipped     {error}")
+        else:
+            found = True
+            yield path, photo
+    if not found:
+        raise UserError(f"No photo in {IMAGE} can be read.")
 
 
 def noise(model, count):
@@ -90,9 +98,8 @@ def decode(model, z):
 # Modes: each yields sheets, that is images (N, C, H, W) and how many of them stand in a row
 def variations(model):
     """The photo, its reconstruction and NUM_VARIATIONS variations of it."""
-    paths = photo_paths()
-    photo = load_photo(model, paths[0])
-    print(f"Photo       {paths[0]}" + (f" (the first of {len(paths)}; --image names another)" if paths[1:] else ""))
+    path, photo = next(readable_photos(model))
+    print(f"Photo       {path}" + (f", the first in {IMAGE}; --image names another" if Path(IMAGE).is_dir() else ""))
     mu, log_var = model.encode(photo)
     codes = perturb(model, mu, log_var, noise(model, NUM_VARIATIONS))
     reconstruction = model.decode(mu)
@@ -103,7 +110,7 @@ def variations(model):
 
 def reconstruct(model):
     """All photos over their reconstructions, at most 64 a sheet."""
-    photos, squared_error, pixels = readable_photos(model, photo_paths()), 0.0, 0
+    photos, squared_error, pixels = (photo for _, photo in readable_photos(model)), 0.0, 0
     while sheet := list(itertools.islice(photos, 64)):
         originals = torch.cat(sheet)
         reconstructions = model.decode(model.encode(originals)[0])
@@ -111,8 +118,6 @@ def reconstruct(model):
         pixels += originals.numel()
         columns = min(8, len(sheet))
         yield paired(originals, reconstructions, columns), columns
-    if not pixels:
-        raise UserError(f"No photo in {IMAGE} can be read.")
     print(f"PSNR        {psnr(squared_error, pixels):.2f} dB, the reconstructions against the photos")
 
 
@@ -134,14 +139,22 @@ def check_settings():
     require(SEED >= 0, "SEED", SEED, "at least 0")
     endings = (".jpg", ".jpeg", ".png", ".webp")
     require(Path(OUTPUT).suffix.lower() in endings, "OUTPUT", OUTPUT, f"a file name that ends in {', '.join(endings)}")
-    found = sorted(map(str, Path(CHECKPOINT).parent.glob("*.pth")))
-    hint = f"name one with --checkpoint (there is {', '.join(found)})" if found else "make one with `python train.py`"
-    require(Path(CHECKPOINT).is_file(), "CHECKPOINT", CHECKPOINT, f"a file that exists: {hint}")
+    if not Path(CHECKPOINT).is_file():
+        found = ", ".join(sorted(map(str, Path(CHECKPOINT).parent.glob("*.pth"))))
+        hint = f"name one with --checkpoint (there is {found})" if found else "make one with `python train.py`"
+        raise UserError(f"There is no checkpoint {CHECKPOINT}: {hint}.", 2)
+
+
+def check_output(path):
+    """Raise UserError where a picture would take the place of one of the photos it is made from."""
+    if path.exists() and MODE != "sample" and path.resolve() in {photo.resolve() for photo in photo_paths()}:
+        raise UserError(f"OUTPUT is {path}, which is one of the photos: name another file with --output.", 2)
 
 
 def describe_model(model, info):
     """Print which model is at work, as far as its checkpoint tells."""
-    trained = f", epoch {info['epoch']}, {info['val_psnr']:.2f} dB on its validation photos" if "epoch" in info else ""
+    known = isinstance(info.get("epoch"), int) and isinstance(info.get("val_psnr"), float)
+    trained = f", epoch {info['epoch']}, {info['val_psnr']:.2f} dB on its validation photos" if known else ""
     print(f"Model       {CHECKPOINT}{trained}")
     if not model.prior_is_fitted():
         print("Prior       N(0, I), for this checkpoint carries no fitted one: expect smeared samples and variations")
@@ -157,6 +170,7 @@ def main(argv=None):
     describe_model(model, info)
     for number, (images, columns) in enumerate(MODES[MODE](model), start=1):
         output = Path(OUTPUT) if number == 1 else Path(OUTPUT).with_stem(f"{Path(OUTPUT).stem}-{number}")
+        check_output(output)
         save_grid(images, output, columns)
         print(f"Wrote       {output}")
 

@@ -1,13 +1,14 @@
 """Train the variational autoencoder of vae.py on a folder of photos.
 
     python train.py                               # the photos in data/train (the demo faces while there are none)
-    python train.py --data ~/photos --epochs 5    # every constant below is also a flag of its name
+    python train.py --data ~/photos --epochs 5    # every constant at the top of the script is a flag
     python train.py --resume                      # go on where an interrupted run stopped
 
 Writes checkpoints_best/vae_model_20.pth (the best weights, for genpic.py), last.pth (to resume), history.csv,
 loss_curves.png and progress/ with pictures of every epoch.
 """
 
+import copy
 import csv
 import functools
 import hashlib
@@ -18,6 +19,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -55,25 +57,25 @@ from vae import (
 )
 
 # What goes in and out
-DATA = "data/train"  # folder of photos, searched with all folders in it
-OUTPUT_DIR = "checkpoints_best"  # folder for the checkpoints, curves and pictures of the run
-RESUME = False  # go on with the run that OUTPUT_DIR/last.pth holds, instead of starting anew
-VAL_FRACTION = 0.05  # share of the photos held out to validate on; more makes the figures steadier
-FLIP = True  # mirror half of the photos, drawn anew each time; turn off where left and right differ in meaning
+DATA: str = "data/train"  # folder of photos, searched with all folders in it
+OUTPUT_DIR: str = "checkpoints_best"  # folder for the checkpoints, curves and pictures of the run
+RESUME: bool = False  # go on with the run that OUTPUT_DIR/last.pth holds, instead of starting anew
+VAL_FRACTION: float = 0.05  # share of the photos held out to validate on; more gives steadier validation figures
+FLIP: bool = True  # mirror half of the photos, drawn anew each time; turn off where left and right differ in meaning
 
 # How the model learns
-EPOCHS = 20  # passes over the photos; also the number in the checkpoint's name
-BATCH_SIZE = 32  # photos per step; raise it (and LEARNING_RATE a little) on a large GPU, lower it when memory runs out
-LEARNING_RATE = 1e-3  # Adam's peak step size, reached after 5 % of the run; lower it if the loss jumps about
-RECONSTRUCTION = "mse"  # "mse" squared error, "bce" cross-entropy, "sigma" Gaussian that finds its own weight
-BETA = 0.132  # weight of the KL divergence in nats (unused by "sigma"); higher: plainer samples, blurrier photos
-KL_WARMUP_EPOCHS = 0  # epochs over which the KL weight grows from 0; a few help where the latents stay unused
-SEED = 0  # start of all random numbers; another one gives another split, order and model
+EPOCHS: int = 20  # passes over the photos; also the number in the checkpoint's name
+BATCH_SIZE: int = 32  # photos per step; raise it on a large GPU, lower it where memory runs out
+LEARNING_RATE: float = 1e-3  # Adam's peak step size, reached after 5 % of the run; lower it if the loss jumps about
+RECONSTRUCTION: str = "mse"  # "mse" squared error, "bce" cross-entropy, "sigma" Gaussian that finds its own weight
+BETA: float = 0.132  # weight of the KL divergence in nats, unused by "sigma"; higher: plainer samples, blurrier photos
+KL_WARMUP_EPOCHS: float = 0.0  # epochs over which the KL weight grows from 0; a few help where latents stay unused
+SEED: int = 0  # start of all random numbers; another one gives another split, order and model
 
 # What it runs on
-DEVICE = "auto"  # "auto" is CUDA where there is one, else the CPU; or name a device: "cpu", "cuda:1"
-AMP = True  # compute in bfloat16 where the hardware has it: about twice as fast, the same pictures
-COMPILE = "auto"  # "yes" compiles the model first (a minute), "auto" only on CUDA, "no" never
+DEVICE: str = "auto"  # "auto" is CUDA where there is one, else the CPU; or name a device: "cpu", "cuda:1"
+AMP: bool = True  # compute in bfloat16 where the hardware has it: about twice as fast, the same pictures
+COMPILE: str = "auto"  # "yes" compiles the model first (a minute), "auto" only on CUDA, "no" never
 
 
 def seed_of(use, index=0):
@@ -83,43 +85,45 @@ def seed_of(use, index=0):
 
 # Photos
 def find_photos():
-    """Return the folder to learn from and the paths of its photos: DATA, or the demo while data/train is empty."""
-    folder, paths = DATA, find_images(DATA)
-    if not paths and Path(DATA) == Path("data/train"):
+    """Return the paths of the photos to learn from, and their names below DATA (the demo while data/train is empty)."""
+    folder, paths = Path(DATA), find_images(DATA)
+    if not paths and folder == Path("data/train") and (paths := find_images("data/demo")):
         print("There are no photos in data/train yet, so this run learns from the demo faces in data/demo.")
-        folder, paths = "data/demo", find_images("data/demo")
+        folder = Path("data/demo")
     if not paths:
+        state = "holds no photos" if folder.is_dir() else "is not a folder" if folder.exists() else "does not exist"
         raise UserError(
-            f"No photos in {Path(folder).absolute()}: put some there, or point --data at a folder of them. "
-            f"CelebA's faces are img_align_celeba.zip from mmlab.ie.cuhk.edu.hk/projects/CelebA.html; unpack it first.",
+            f"DATA {folder.absolute()} {state}: put photos there, or name their folder with --data. Photos to learn "
+            f"from are CelebA's img_align_celeba.zip from mmlab.ie.cuhk.edu.hk/projects/CelebA.html; unpack it first.",
             2,
         )
-    return folder, paths
+    return paths, [str(path).removeprefix(str(folder)) for path in paths]
 
 
-def load_photos(device):
-    """Return all photos as a uint8 tensor (N, H, W, C): on the GPU where they fit, else mapped from the cache file."""
-    folder, paths = find_photos()
-    cache = cache_path(folder, paths)
+def load_photos(paths, names, device):
+    """Return the photos as a uint8 tensor (N, H, W, C): on the GPU where they fit, else mapped from the cache file."""
+    cache = cache_path(paths, names)
     if not cache.exists():
         build_cache(paths, cache)
     photos = torch.from_numpy(np.memmap(cache, np.uint8, mode="c").reshape(-1, IMAGE_SIZE, IMAGE_SIZE, CHANNELS))
     skipped = f" ({len(paths) - len(photos)} files skipped)" if len(paths) > len(photos) else ""
-    print(f"Photos      {len(photos):,} from {folder}{skipped}, kept as {cache} ({photos.nbytes / 1e6:,.0f} MB)")
+    print(f"Photos      {len(photos):,}{skipped}, kept as {cache} ({photos.nbytes / 1e6:,.0f} MB)")
     if len(photos) < 3:
-        raise UserError(f"{folder} holds {len(photos)} readable photos: training and validation need at least 3.")
+        raise UserError(f"There are {len(photos)} readable photos: training and validation need at least 3.")
     fits = device.type == "cuda" and photos.nbytes < torch.cuda.mem_get_info(device)[0] / 2
     return photos.to(device) if fits else photos
 
 
-def cache_path(folder, paths):
+def digest(lines):
+    """Return a short name (16 hexadecimal digits) of a list of texts, another one for any other list."""
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def cache_path(paths, names):
     """Return where the decoded photos are kept; it changes with their names, sizes and times and the target size."""
-    digest = hashlib.sha256()
-    for path in paths:
-        stat = path.stat() if path.exists() else None  # None for a link to nowhere
-        line = f"{os.path.relpath(path, folder)}|{stat and (stat.st_size, stat.st_mtime_ns)}\n"
-        digest.update(line.encode(errors="surrogateescape"))
-    return Path(f"data/cache/{IMAGE_SIZE}x{IMAGE_SIZE}x{CHANNELS}-{digest.hexdigest()[:16]}.u8")
+    stats = [path.stat() if path.exists() else None for path in paths]  # None for a link to nowhere
+    lines = [f"{name} {stat and (stat.st_size, stat.st_mtime_ns)}" for name, stat in zip(names, stats, strict=True)]
+    return Path(f"data/cache/{IMAGE_SIZE}x{IMAGE_SIZE}x{CHANNELS}-{digest(lines)}.u8")
 
 
 def build_cache(paths, cache):
@@ -152,8 +156,7 @@ def split_photos(count):
 
 def load_batch(photos, indices, device):
     """Photos at `indices`, uint8 (N, H, W, C) -> images (B, C, H, W) in [0, 1] on `device`, channels last in memory."""
-    batch = photos[indices.to(photos.device)].to(device, non_blocking=True)
-    return batch.permute(0, 3, 1, 2).float().div_(255)
+    return photos[indices].to(device).permute(0, 3, 1, 2).float().div_(255)
 
 
 def mirror_half(images):
@@ -165,7 +168,8 @@ def mirror_half(images):
 # Schedules: pure functions of the progress, the share in [0, 1] of the run's steps that is done
 def learning_rate(progress):
     """One cycle: a linear rise to LEARNING_RATE over the first 5 % of the run, then a cosine down to 0."""
-    return LEARNING_RATE * min(progress / 0.05, 0.5 * (1 + math.cos(math.pi * progress)))
+    fall = (progress - 0.05) / 0.95
+    return LEARNING_RATE * (progress / 0.05 if fall < 0 else 0.5 * (1 + math.cos(math.pi * fall)))
 
 
 def kl_weight(progress):
@@ -189,25 +193,28 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=AMP and has_bfloat16(device.type))
 
 
-def compiled(model, device):
+def compiled(model, device, batch_size):
     """Return `model` compiled as COMPILE asks, or as it is where compiling fails; both share their weights."""
     if COMPILE == "no" or (COMPILE == "auto" and device.type != "cuda"):
         return model
-    network = torch.compile(model)
-    try:
-        with torch.no_grad(), autocast(device):
-            network.eval()(torch.zeros(2, CHANNELS, IMAGE_SIZE, IMAGE_SIZE, device=device))
+    network, before = torch.compile(model, dynamic=False), copy.deepcopy(model.state_dict())
+    images = torch.zeros(batch_size, CHANNELS, IMAGE_SIZE, IMAGE_SIZE, device=device)
+    try:  # compiling happens in the first step, so take one here
+        with autocast(device):
+            recon, mu, log_var = network(images.to(memory_format=torch.channels_last))
+        (recon.sum() + mu.sum() + log_var.sum()).backward()
     except Exception as error:  # no C++ compiler, no Triton, an unsupported platform: all of them only cost speed
         print(f"Compiling the model fails here ({type(error).__name__}), so it runs uncompiled.")
-        return model
+        network = model
+    model.zero_grad()
+    model.load_state_dict(before)  # BatchNorm has counted the step
     return network
 
 
 def train_step(network, optimizer, images, step, progress):
     """Take one step on images (B, C, H, W); return the sums over them of loss, reconstruction, KL and 1, (4,)."""
-    torch.manual_seed(
-        seed_of(b"step", step)
-    )  # flips and latent noise depend on the step alone, so that runs can resume
+    # Flips and latent noise depend on the step alone, so that a run can resume anywhere
+    torch.manual_seed(seed_of(b"step", step))
     images = mirror_half(images) if FLIP else images
     with autocast(images.device):
         recon, mu, log_var = network(images)
@@ -225,8 +232,9 @@ def train_step(network, optimizer, images, step, progress):
 def train_epoch(network, optimizer, photos, train_set, run, stopping):
     """Take the steps that are left of the run's epoch, up to its end or a request to stop; return images per second."""
     network.train()
-    order = train_set[np.random.default_rng(seed_of(b"order", run["epoch"])).permutation(len(train_set))]
-    batches = [batch for batch in order.split(BATCH_SIZE) if len(batch) > 1]  # BatchNorm cannot learn from one photo
+    order = np.random.default_rng(seed_of(b"order", run["epoch"])).permutation(len(train_set))
+    shuffled = train_set[torch.from_numpy(order).to(train_set.device)]
+    batches = [batch for batch in shuffled.split(BATCH_SIZE) if len(batch) > 1]  # BatchNorm cannot learn from one photo
     first, start = run["step"], time.perf_counter()
     with tqdm(batches[first:], f"Epoch {run['epoch'] + 1}/{EPOCHS}", unit="step", leave=False, disable=None) as bar:
         for batch in bar:
@@ -243,18 +251,19 @@ def train_epoch(network, optimizer, photos, train_set, run, stopping):
 @torch.inference_mode()
 def evaluate(model, photos, val_set, device):
     """Return the figures of the validation photos, each reconstructed from z = mu, as a dict of floats."""
-    figures = []
+    kind = "bce" if RECONSTRUCTION == "bce" else "mse"
+    losses = []
     for batch in val_set.split(BATCH_SIZE):
         images = load_batch(photos, batch, device)
         with autocast(device):
             mu, log_var = model.encode(images)
             recon = model.decode(mu)
-        losses = [reconstruction_loss(recon, images, kind) for kind in ("mse", "bce")]
-        figures.append(torch.stack([*losses, kl_divergence(mu, log_var)]).cpu().double())
-    squared_error, cross_entropy, kl = torch.cat(figures, dim=1)
+        parts = [reconstruction_loss(recon, images, "mse"), reconstruction_loss(recon, images, kind)]
+        losses.append(torch.stack([*parts, kl_divergence(mu, log_var)]))
+    squared_error, reconstruction, kl = torch.cat(losses, dim=1).cpu().double()
     pixels = math.prod(images.shape[1:])
-    nll = calibrated_nll(squared_error, pixels)  # one variance for all, so that the figure does not depend on batches
-    reconstruction = {"mse": squared_error, "bce": cross_entropy, "sigma": nll}[RECONSTRUCTION]
+    if RECONSTRUCTION == "sigma":  # one variance for all photos, so that the figure does not depend on batches
+        reconstruction = calibrated_nll(squared_error, pixels)
     return {
         "val_loss": (reconstruction + kl_weight(1.0) * kl).mean().item(),
         "val_reconstruction": reconstruction.mean().item(),
@@ -271,29 +280,32 @@ def fit_prior(model, photos, train_set, device):
     for batch in train_set[:16384].split(BATCH_SIZE):
         with autocast(device):
             codes.append(model.encode(load_batch(photos, batch, device)))
-    model.fit_prior(*map(torch.cat, zip(*codes, strict=True)))
+    try:
+        model.fit_prior(*map(torch.cat, zip(*codes, strict=True)))
+    except torch.linalg.LinAlgError:
+        raise UserError("The latent codes grew out of bounds: start again with a lower LEARNING_RATE.") from None
 
 
 # What a run leaves behind
-def finish_epoch(model, optimizer, photos, train_set, val_set, run, speed, settings):
+def finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, speed):
     """Validate, fit the prior and write the files of an epoch, last.pth last: all it tells of is then there."""
-    device, history = run["sums"].device, run["history"]
-    model.eval()
+    device, epoch = run["sums"].device, run["epoch"] + 1
     *sums, seen = run["sums"].tolist()
-    row = {"epoch": run["epoch"] + 1}
-    row |= {f"train_{name}": value / seen for name, value in zip(("loss", "reconstruction", "kl"), sums, strict=True)}
-    row |= evaluate(model, photos, val_set, device) | {"images_per_second": speed}
+    if not all(map(math.isfinite, sums)):
+        raise UserError(f"The loss left the numbers in epoch {epoch}: start again with a lower LEARNING_RATE.")
+    model.eval()
+    row = {"epoch": epoch, "train_loss": sums[0] / seen, "train_reconstruction": sums[1] / seen}
+    row |= {"train_kl": sums[2] / seen} | evaluate(model, photos, val_set, device) | {"images_per_second": speed}
     fit_prior(model, photos, train_set, device)
 
-    best = row["val_loss"] < min((earlier["val_loss"] for earlier in history), default=math.inf)
+    best = row["val_loss"] < min((earlier["val_loss"] for earlier in run["history"]), default=math.inf)
     if best:
         keep_previous(checkpoint_path(), run["id"])
         save_checkpoint(checkpoint_path(), model, run=run["id"], constants=settings, **row)
-    history.append(row)
-    run |= {"epoch": row["epoch"], "step": 0, "sums": torch.zeros_like(run["sums"])}
-    save_pictures(model, load_batch(photos, val_set[:8], device), f"{OUTPUT_DIR}/progress/epoch_{row['epoch']:02d}")
-    save_history(history, f"{OUTPUT_DIR}/history.csv")
-    plot_history(history, f"{OUTPUT_DIR}/loss_curves.png")
+    run |= {"epoch": epoch, "step": 0, "sums": torch.zeros_like(run["sums"]), "history": [*run["history"], row]}
+    save_pictures(model, load_batch(photos, val_set[:8], device), f"{OUTPUT_DIR}/progress/epoch_{epoch:02d}")
+    save_history(run["history"], f"{OUTPUT_DIR}/history.csv")
+    plot_history(run["history"], f"{OUTPUT_DIR}/loss_curves.png")
     save_last(model, optimizer, run, settings)
     print(epoch_line(row, best), flush=True)
 
@@ -312,15 +324,21 @@ def checkpoint_path():
     return Path(OUTPUT_DIR, f"vae_model_{EPOCHS}.pth")
 
 
+def last_path():
+    """Return where the state of the run goes, for --resume."""
+    return Path(OUTPUT_DIR, "last.pth")
+
+
 def keep_previous(path, run_id):
     """Copy a checkpoint at `path` that another run made to a free name beside it, so that it outlives this run."""
     if not path.exists():
         return
     try:
-        if load_checkpoint(path)[1].get("run") == run_id:
-            return
+        info = load_checkpoint(path)[1]
     except UserError:
-        pass  # not a checkpoint, but somebody's file all the same
+        info = {}  # not a checkpoint, but somebody's file all the same
+    if info.get("run") == run_id or info.get("finished"):  # of the last.pth of a finished run nothing is missed
+        return
     endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
     kept = next(kept for end in endings if not (kept := path.with_suffix(f".previous{end}.pth")).exists())
     with atomic_write(kept) as partial:
@@ -329,8 +347,10 @@ def keep_previous(path, run_id):
 
 
 def save_last(model, optimizer, run, settings):
-    """Write all that --resume needs."""
-    save_checkpoint(Path(OUTPUT_DIR, "last.pth"), model, optimizer=optimizer.state_dict(), run=run, constants=settings)
+    """Write all that --resume needs to last.pth, after keeping that of another run which was not finished."""
+    keep_previous(last_path(), run["id"])
+    info = {"run": run["id"], "finished": run["epoch"] == EPOCHS, "constants": settings, "state": run}
+    save_checkpoint(last_path(), model, optimizer=optimizer.state_dict(), **info)
 
 
 def save_history(history, path):
@@ -382,29 +402,40 @@ def check_settings():
     require(0 <= VAL_FRACTION < 1, "VAL_FRACTION", VAL_FRACTION, "at least 0 and less than 1")
     require(SEED >= 0, "SEED", SEED, "at least 0")
     require(COMPILE in ("auto", "yes", "no"), "COMPILE", COMPILE, '"auto", "yes" or "no"')
+    if RESUME and not last_path().exists():
+        raise UserError(
+            f"There is no {last_path()} to resume from: start without --resume, or name its --output-dir.", 2
+        )
 
 
-def new_run(count):
-    """Return the state of a run on `count` photos that has yet to take its first step."""
-    return {"id": uuid.uuid4().hex, "photos": count, "epoch": 0, "step": 0, "sums": torch.zeros(4), "history": []}
+def prepare_output():
+    """Make OUTPUT_DIR and see that it can be written to now, not after the first epoch."""
+    try:
+        Path(OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=OUTPUT_DIR).close()
+    except OSError as error:
+        raise UserError(f"OUTPUT_DIR {OUTPUT_DIR} cannot be written to ({error.strerror}): name another.", 2) from None
 
 
-def resume_run(model, optimizer, settings, count):
+def new_run(names):
+    """Return the state of a run that has yet to take its first step, on photos of these names."""
+    photos = f"{len(names)} files ({digest(names)})"
+    return {"id": uuid.uuid4().hex, "photos": photos, "epoch": 0, "step": 0, "sums": torch.zeros(4), "history": []}
+
+
+def resume_run(model, optimizer, settings, names):
     """Return the state of the run in last.pth, and set model and optimizer to its; UserError where it cannot go on."""
-    path = Path(OUTPUT_DIR, "last.pth")
-    if not path.exists():
-        raise UserError(f"There is no {path} to resume from: start without --resume, or name its --output-dir.", 2)
-    saved, info = load_checkpoint(path)
-    if "optimizer" not in info:
-        raise UserError(f"{path} is not the last.pth of a run: there is nothing in it to resume.")
-    then, now = info["constants"] | {"photos": info["run"]["photos"]}, settings | {"photos": count}
+    saved, info = load_checkpoint(last_path())
+    if not {"optimizer", "constants", "state"} <= info.keys():
+        raise UserError(f"{last_path()} is not the last.pth of a run: there is nothing in it to resume.")
+    then, now = info["constants"] | {"photos": info["state"]["photos"]}, settings | {"photos": new_run(names)["photos"]}
     free = ["RESUME", "DATA", "OUTPUT_DIR", "DEVICE", "AMP", "COMPILE"]  # may change between the sessions of a run
     changes = [f"{key} was {then.get(key)} and is {now[key]}" for key in now.keys() - free if then.get(key) != now[key]]
     if changes:
-        raise UserError(f"The run of {path} goes on only as it began: {'; '.join(sorted(changes))}.", 2)
+        raise UserError(f"The run of {last_path()} goes on only as it began: {'; '.join(sorted(changes))}.", 2)
     model.load_state_dict(saved.state_dict())
     optimizer.load_state_dict(info["optimizer"])
-    return info["run"]
+    return info["state"]
 
 
 def describe_run(model, device, run, train_set, val_set):
@@ -471,14 +502,16 @@ def main(argv=None):
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
 
     # Photos, split and the state of the run
-    photos = load_photos(device)
-    train_set, val_set = split_photos(len(photos))
-    run = resume_run(model, optimizer, settings, len(photos)) if RESUME else new_run(len(photos))
+    paths, names = find_photos()
+    prepare_output()
+    photos = load_photos(paths, names, device)
+    train_set, val_set = (part.to(photos.device) for part in split_photos(len(photos)))
+    run = resume_run(model, optimizer, settings, names) if RESUME else new_run(names)
     run["sums"] = run["sums"].to(device)
     describe_run(model, device, run, train_set, val_set)
 
     # Epochs
-    network = compiled(model, device)
+    network = compiled(model, device, min(BATCH_SIZE, len(train_set)))
     with stop_requests() as stopping:
         while run["epoch"] < EPOCHS:
             speed = train_epoch(network, optimizer, photos, train_set, run, stopping)
@@ -486,7 +519,7 @@ def main(argv=None):
                 save_last(model, optimizer, run, settings)
                 print(f"Stopped in epoch {run['epoch'] + 1}. To go on: {resume_command(argv)}")
                 raise SystemExit(128 + stopping[0])
-            finish_epoch(model, optimizer, photos, train_set, val_set, run, speed, settings)
+            finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, speed)
     describe_result(run)
 
 

@@ -26,15 +26,16 @@ from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 from torchvision.utils import make_grid
 
 # The model. A checkpoint carries these four, so genpic.py needs none of them.
-IMAGE_SIZE = 150  # side of the square pictures in pixels, 16 to 512; training time grows with its square
-CHANNELS = 3  # 3 for colour, 1 for grey
-LATENT_DIM = 128  # numbers in a latent code; fewer give plainer pictures and smoother interpolations
-HIDDEN_DIMS = [32, 64, 128, 256, 512]  # channels of the encoder, mirrored by the decoder; each stage halves the side
+IMAGE_SIZE: int = 150  # side of the square pictures in pixels, 16 to 512; training time grows with its square
+CHANNELS: int = 3  # 3 for colour, 1 for grey
+LATENT_DIM: int = 128  # numbers in a latent code; fewer give plainer pictures and smoother interpolations
+HIDDEN_DIMS: list[int] = [32, 64, 128, 256, 512]  # channels of the encoder's stages; each halves the side
 
 LOG_VAR_RANGE = (-20.0, 10.0)  # exp() stays finite and positive, in float32 and in bfloat16
 
 
 # The model
+@functools.cache
 def celeb_transforms(size):
     """Return the transforms (photo -> (C, size, size) tensor in [0, 1]) and (photo or tensor -> size x size)."""
     crop = Compose([Resize(size, antialias=True), CenterCrop(size)])
@@ -71,7 +72,6 @@ class VAE(nn.Module):
         self.decoder_input = nn.Linear(latent_dim, math.prod(self.bottom))
         self.decoder = nn.Sequential(*map(double, up, up[1:]))
         self.final_layer = nn.Sequential(*double(up[-1], up[-1]), nn.Conv2d(up[-1], channels, 3, padding=1))
-        self.crop = celeb_transforms(image_size)[1]  # 160 x 160 -> 150 x 150
 
         # The prior that `sample` draws from: N(0, I) until `fit_prior` has seen the codes of photos.
         self.register_buffer("latent_mean", torch.zeros(latent_dim))
@@ -91,7 +91,8 @@ class VAE(nn.Module):
         """Codes (B, L) -> images (B, C, H, W) in [0, 1], in float32."""
         features = self.decoder(self.decoder_input(z).unflatten(1, self.bottom))
         logits = self.final_layer(features).float()  # a sigmoid in bfloat16 is 1.0 from 0.998 on, where BCE is infinite
-        return self.crop(torch.sigmoid(logits))
+        crop = celeb_transforms(self.config["image_size"])[1]  # 160 x 160 -> 150 x 150
+        return crop(torch.sigmoid(logits))
 
     def forward(self, x):
         """Images (B, C, H, W) -> (reconstructions of the same shape, mu (B, L), log_var (B, L)); z is drawn."""
@@ -129,7 +130,8 @@ def check_arguments(image_size, channels, hidden_dims, latent_dim):
     require(16 <= image_size <= 512, "IMAGE_SIZE", image_size, "from 16 to 512 pixels")
     require(channels in (1, 3), "CHANNELS", channels, "3 (colour) or 1 (grey)")
     require(latent_dim >= 1, "LATENT_DIM", latent_dim, "at least 1")
-    require(hidden_dims and min(hidden_dims) >= 1, "HIDDEN_DIMS", hidden_dims, "a list of channels, each at least 1")
+    channels_fit = hidden_dims and all(isinstance(width, int) and width >= 1 for width in hidden_dims)
+    require(channels_fit, "HIDDEN_DIMS", hidden_dims, "a list of whole numbers, each at least 1")
     stages = f"at most {halvings} stages long, for {image_size} pixels can be halved no more often"
     require(len(hidden_dims) <= halvings, "HIDDEN_DIMS", hidden_dims, stages)
 
@@ -180,16 +182,23 @@ def psnr(squared_error, pixels):
 
 
 # Pictures
+@functools.cache
+def image_formats():
+    """Names of the formats that Pillow decodes by itself; for the others it would start programs or needs plugins."""
+    Image.init()
+    return [name for name in Image.OPEN if name not in ("EPS", "WMF", "BUFR", "GRIB", "HDF5")]
+
+
 def find_images(folder):
     """Sorted paths of the files below `folder` whose ending Pillow reads; links are followed, hidden names are not."""
-    endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
+    endings = {ending for ending, name in Image.registered_extensions().items() if name in image_formats()}
     found, visited = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(root)) in visited:  # a link back up would go round for ever
             folders.clear()
             continue
         visited.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [os.path.join(root, name) for name in names if not name.startswith(".")]
     return [Path(path) for path in sorted(found) if os.path.splitext(path)[1].lower() in endings]
 
@@ -200,9 +209,9 @@ def read_image(path, channels=CHANNELS):
     Raises UserError where the file does not exist or is not an image that Pillow can decode to the end.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=image_formats()) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits a pixel: convert() would clip them at 255
+            if image.mode.startswith("I") and image.getextrema()[1] > 255:  # 16 bits; convert() would clip them
                 image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
@@ -272,14 +281,13 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"{path} does not exist: `python train.py` makes a checkpoint.", 2) from None
     except Exception as error:  # torch.load raises whatever its zip reader and its unpickler stumble over
         raise UserError(f"{path} is not a checkpoint that can be read safely ({type(error).__name__}).") from None
-    if isinstance(info, VAE):
-        info = info.state_dict()
     try:
+        info = info.state_dict() if isinstance(info, VAE) else info
         info = info if "state_dict" in info else {"state_dict": dict(info)}
         state_dict = info.pop("state_dict")
         model = VAE(**info.pop("config", None) or infer_config(state_dict))
         load_weights(model, state_dict)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever else the file holds, it is not what a VAE is made of
         raise UserError(f"{path} does not hold the weights of a VAE of this kind ({error}).") from None
     return model.to(device).eval(), info
 
@@ -344,29 +352,31 @@ def script(main):
 
 
 def override_constants(constants, argv=None):
-    """Set a script's UPPERCASE `constants`, its globals(), from flags of their names, and return them as a dict.
+    """Set a script's `constants`, its globals(), from flags of their names, and return them as a dict.
 
-    Name, type and default of a flag are those of the constant; its help is the comment beside the constant, in the
-    script or in this file. Other flags and values of another type end the script with its usage and exit code 2.
+    Name, type and default of a flag are those of an annotated constant, its help is the comment beside it, in the
+    script or in this file. Other flags, and values of another type, end the script with its usage and exit code 2.
+    Raises UserError where the value in the script is itself of another type.
     """
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """Shows the defaults, and the docstring as it is."""
 
-    sources = [Path(file).read_text(encoding="utf-8") for file in (__file__, constants["__file__"])]
-    comments = dict(re.findall(r"^([A-Z][A-Z_0-9]*) = .*?  # (.*)$", "\n".join(sources), re.MULTILINE))
+    kinds = {  # annotation: (types of the value, what they are called, options of the flag)
+        "int": ([int], "a whole number", {"type": int}),
+        "float": ([int, float], "a number", {"type": float}),
+        "str": ([str], "a text in quotes", {"type": os.path.expanduser}),
+        "bool": ([bool], "True or False", {"action": argparse.BooleanOptionalAction}),
+        "list[int]": ([list], "a list of whole numbers", {"type": int, "nargs": "+"}),
+    }
+    sources = "\n".join(Path(file).read_text(encoding="utf-8") for file in (__file__, constants["__file__"]))
     parser = argparse.ArgumentParser(description=constants["__doc__"], formatter_class=Formatter, allow_abbrev=False)
-    for name, value in constants.items():
-        if not name.isupper() or not isinstance(value, (int, float, str, list)):
-            continue
-        if isinstance(value, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(value, list):
-            kind = {"nargs": "+", "type": type(value[0])}
-        else:
-            kind = {"type": type(value)}
-        help = comments.get(name, "").replace("%", "%%")
-        parser.add_argument(f"--{name.lower().replace('_', '-')}", dest=name, default=value, help=help, **kind)
+    for name, kind, comment in re.findall(r"^([A-Z_0-9]+): (\S+) = .*?  # (.*)$", sources, re.MULTILINE):
+        if name in constants:
+            types, called, options = kinds[kind]
+            require(type(constants[name]) in types, name, constants[name], called)
+            flag, comment = f"--{name.lower().replace('_', '-')}", comment.replace("%", "%%")
+            parser.add_argument(flag, dest=name, default=constants[name], help=comment, **options)
     settings = vars(parser.parse_args(argv))
     constants.update(settings)
     return settings
@@ -377,6 +387,8 @@ def pick_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"DEVICE is {name!r}, which does not work here ({str(error).splitlines()[0]}).", 2) from None
+        probe = torch.zeros(1, device=name)
+        probe.cpu()  # there are devices that hold no values
+        return probe.device
+    except (RuntimeError, AssertionError):
+        raise UserError(f'DEVICE is {name!r}, which does not work here: it is best left at "auto".', 2) from None

@@ -1,5 +1,6 @@
 """What the tests share: faces that they draw themselves, and a small model trained on them by train.py."""
 
+import os
 import random
 import shutil
 from pathlib import Path
@@ -7,11 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: small models are faster without threads
+
 import genpic
 import train
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--image-size=32 --hidden-dims 8 16 --latent-dim=8 --batch-size=8 --learning-rate=0.01".split()  # quick
+SMALL = "--image-size=32 --hidden-dims 8 16 --latent-dim=8 --batch-size=8 --learning-rate=0.01 --device=cpu".split()
 TRAINED = "checkpoints_best/vae_model_8.pth"
 
 
@@ -39,7 +42,7 @@ def draw_faces(folder, count):
 
 @pytest.fixture(autouse=True)
 def untouched_constants():
-    """Put back the constants of the scripts, which every call of their main changes."""
+    """Put back the constants of the scripts that a test has changed."""
     before = [(module, dict(vars(module))) for module in (train, genpic)]
     yield
     for module, constants in before:

@@ -39,7 +39,7 @@ def test_errors_are_a_line_and_an_exit_code(tmp_path):
     copy_scripts(tmp_path)
     done = subprocess.run([sys.executable, "genpic.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("genpic.py: CHECKPOINT is 'checkpoints_best/vae_model_20.pth'")
+    assert done.stderr.startswith("genpic.py: There is no checkpoint checkpoints_best/vae_model_20.pth")
 
 
 def test_ctrl_c_saves_the_run(tmp_path):

@@ -14,7 +14,7 @@ import vae
 
 def run(*flags):
     """Generate with the small model in the current folder, from the first of the drawn faces."""
-    genpic.main(["--checkpoint", TRAINED, "--image", "faces", *flags])
+    genpic.main(["--checkpoint", TRAINED, "--image", "faces", "--device", "cpu", *flags])
 
 
 def tiles(path, columns, side=32):
@@ -68,7 +68,7 @@ def test_codes_of_the_population_stay_codes_of_the_population(genpic_w):
 def test_variations_grid(workplace, capsys):
     run("--w", "0.3", "--output", "grid.png")
     said = capsys.readouterr().out
-    assert "faces/face 000.jpg (the first of 40" in said and "PSNR" in said and "epoch 8" in said
+    assert "faces/face 000.jpg, the first in faces" in said and "PSNR" in said and "epoch 8" in said
     assert Image.open("grid.png").size == (6 * 34 + 2, 2 * 34 + 2)
     photo, reconstruction, *variations = tiles("grid.png", columns=6)
     model, _ = vae.load_checkpoint(TRAINED)
@@ -109,7 +109,7 @@ def test_reconstruct_shows_every_photo_of_the_folder(workplace, capsys):
     said = capsys.readouterr().out
     sheets = (tiles("sheet.png", 8).reshape(8, 2, 8, 32, 32, 3), tiles("sheet-2.png", 6).reshape(1, 2, 6, 32, 32, 3))
     originals, reconstructions = (np.concatenate([s[:, row].reshape(-1, 32, 32, 3) for s in sheets]) for row in (0, 1))
-    assert np.array_equal(originals, photos) and "Skipped: faces/broken.jpg" in said
+    assert np.array_equal(originals, photos) and "faces/broken.jpg cannot be read" in said
     expected = -10 * np.log10(np.square((reconstructions - originals) / 255).mean())
     assert float(re.search(r"PSNR +(.*) dB, the", said)[1]) == pytest.approx(expected, abs=0.02)
 
@@ -117,6 +117,10 @@ def test_reconstruct_shows_every_photo_of_the_folder(workplace, capsys):
 def test_sample_shows_100_faces_of_the_prior(workplace):
     run("--mode", "sample", "--image", "nowhere", "--output", "faces.webp")
     assert Image.open("faces.webp").format == "WEBP" and Image.open("faces.webp").size == (342, 342)
+    run("--mode", "sample", "--output", "faces.png")
+    model, _ = vae.load_checkpoint(TRAINED)
+    expected = model.decode(model.draw_latents(vae.latent_noise(0, 100, 8))).detach().permute(0, 2, 3, 1).numpy()
+    assert np.abs(tiles("faces.png", 10) - 255 * expected).max() <= 1
 
 
 def test_a_checkpoint_without_fitted_prior_is_said_to_lack_it(workplace, capsys):
@@ -152,7 +156,10 @@ def test_the_picture_is_in_the_format_of_its_ending(workplace):
         ("--checkpoint broken.jpg", 1, "broken.jpg is not a checkpoint"),
         ("--image missing.jpg", 2, "missing.jpg"),
         ("--image broken.jpg", 1, "broken.jpg cannot be read as an image"),
-        ("--image broken.jpg --mode reconstruct", 1, "broken.jpg can be read"),
+        ("--image broken.jpg --mode reconstruct", 1, "broken.jpg cannot be read"),
+        ("--image broken", 1, "No photo in broken can be read"),
+        ("--image me.jpg --output me.jpg", 2, "which is one of the photos"),
+        ("--image faces --mode reconstruct --output faces/../me.jpg", 2, "which is one of the photos"),
         ("--image empty", 2, "no photo in empty"),
         ("--mode collage", 2, "one of variations, reconstruct, sample"),
         ("--noise pink", 2, '"population" or "posterior"'),
@@ -169,10 +176,30 @@ def test_the_picture_is_in_the_format_of_its_ending(workplace):
 def test_refusals(flags, code, words, workplace, capsys):
     (workplace / "broken.jpg").write_text("no photo")
     (workplace / "empty").mkdir()
+    (workplace / "broken").mkdir()
+    (workplace / "broken/text.png").write_text("no photo")
+    (workplace / "faces/face 000.jpg").rename(workplace / "faces/me.jpg")
+    (workplace / "me.jpg").symlink_to(workplace / "faces/me.jpg")
     before = sorted(workplace.rglob("*"))
     stopped, said = refusal(run, capsys, *flags.split())
     assert stopped == code and words in said
     assert sorted(workplace.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("W", "0.01"), ("NUM_VARIATIONS", 2.5), ("SEED", None), ("IMAGE", ["a.jpg"])]
+)
+def test_constants_of_another_type(name, value, capsys):
+    setattr(genpic, name, value)
+    code, said = refusal(run, capsys)
+    assert code == 2 and f"{name} is {value!r}: it must be" in said
+
+
+def test_a_broken_photo_in_the_folder_is_passed_over(workplace, capsys):
+    (workplace / "faces" / "a broken.jpg").write_text("no photo")
+    run("--output", "grid.png")
+    said = capsys.readouterr().out
+    assert "Skipped     faces/a broken.jpg" in said and "Photo       faces/face 000.jpg" in said
 
 
 def test_w_must_be_a_number(capsys):

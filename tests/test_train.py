@@ -1,5 +1,6 @@
 """Training: photos and cache, split and order, schedules, figures, files, resuming, refusals."""
 
+import copy
 import csv
 import math
 import os
@@ -34,12 +35,17 @@ def same_weights(one, other):
 
 
 # Photos
+def load_photos(folder, size):
+    """Load the photos of a folder at a size, as main does."""
+    train.DATA, train.IMAGE_SIZE = str(folder), size
+    return train.load_photos(*train.find_photos(), CPU)
+
+
 def test_photos_are_decoded_once_and_what_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     draw_faces(tmp_path / "faces/some folder", 6)
     (tmp_path / "faces/broken.jpg").write_text("no photo")
-    train.DATA, train.IMAGE_SIZE = "faces", 32
-    photos = train.load_photos(CPU)
+    photos = load_photos("faces", 32)
     said = capsys.readouterr().out
     assert "broken.jpg" in said and "(1 files skipped)" in said
     assert photos.shape == (6, 32, 32, 3) and photos.dtype == torch.uint8
@@ -48,20 +54,30 @@ def test_photos_are_decoded_once_and_what_cannot_be_read_is_named(tmp_path, monk
         torch.testing.assert_close(row.permute(2, 0, 1) / 255, expected)
 
     monkeypatch.setattr(train, "read_image", None)  # no photo is opened again
-    assert torch.equal(train.load_photos(CPU), photos)
+    assert torch.equal(load_photos("faces", 32), photos)
+
+
+def test_every_photo_of_a_large_folder_is_there_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "many").mkdir()
+    for number in range(600):
+        Image.new("RGB", (16, 16), (number % 256, number // 256, 0)).save(tmp_path / f"many/{number:03d}.png")
+    photos = load_photos("many", 16).long()
+    assert (photos[:, 3, 5, 0] + 256 * photos[:, 3, 5, 1]).tolist() == list(range(600))
 
 
 def test_cache_follows_the_photos(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = draw_faces(tmp_path / "faces", 3)
-    keys = set()
+    folder, keys = draw_faces(tmp_path / "faces", 3), set()
     changes = [lambda: None, lambda: os.utime(folder / "face 000.jpg", (1, 1)), lambda: draw_faces(folder, 4)]
     for change in [*changes, lambda: setattr(train, "IMAGE_SIZE", 16)]:
         change()
-        keys.add(train.cache_path(folder, vae.find_images(folder)))
+        train.DATA = "faces"
+        keys.add(train.cache_path(*train.find_photos()))
     assert len(keys) == 4
     folder.rename(tmp_path / "moved")
-    assert train.cache_path(tmp_path / "moved", vae.find_images(tmp_path / "moved")) in keys
+    train.DATA = str(tmp_path / "moved")
+    assert train.cache_path(*train.find_photos()) in keys
 
 
 def test_split_is_disjoint_and_drawn_by_the_seed():
@@ -96,8 +112,9 @@ def test_about_half_of_the_images_are_mirrored():
 def test_learning_rate_rises_to_its_peak_and_falls_to_zero():
     rates = [train.learning_rate(progress) for progress in np.linspace(0, 1, 1001)]
     peak = int(np.argmax(rates))
-    assert rates[0] == 0 and rates[-1] == pytest.approx(0) and 40 <= peak <= 60
-    assert rates[peak] == pytest.approx(train.LEARNING_RATE, rel=0.01)
+    assert rates[0] == 0 and rates[-1] == pytest.approx(0) and peak == 50
+    assert rates[25] == train.LEARNING_RATE / 2 and rates[peak] == pytest.approx(train.LEARNING_RATE)
+    assert rates[525] == pytest.approx(train.LEARNING_RATE / 2)
     assert rates == sorted(rates[:peak]) + sorted(rates[peak:], reverse=True)
 
 
@@ -107,6 +124,62 @@ def test_kl_weight():
     assert [train.kl_weight(epoch / 10) for epoch in (0, 2, 4, 10)] == pytest.approx([0, 0.066, 0.132, 0.132])
     train.RECONSTRUCTION = "sigma"
     assert train.kl_weight(0.2) == pytest.approx(0.5) and train.kl_weight(1.0) == 1
+
+
+# Steps
+@pytest.mark.parametrize(("kind", "flip"), [("mse", True), ("bce", False), ("sigma", True)])
+def test_a_step_is_that_of_the_formulas(kind, flip):
+    train.RECONSTRUCTION, train.FLIP, train.EPOCHS, train.KL_WARMUP_EPOCHS, train.AMP = kind, flip, 10, 5.0, False
+    model, images, step, progress = vae.VAE(16, 1, [4], 3), torch.rand(6, 1, 16, 16), 77, 0.25
+    other = copy.deepcopy(model)
+    sums = train.train_step(model, torch.optim.SGD(model.parameters(), lr=123.0), images, step, progress)
+
+    torch.manual_seed(train.seed_of(b"step", step))
+    if flip:
+        mirrored = torch.rand(6, 1, 1, 1) < 0.5
+        assert 0 < mirrored.sum() < 6
+        images = torch.where(mirrored, images.flip(3), images)
+    mu, log_var = other.encode(images)
+    recon = other.decode(mu + torch.exp(log_var / 2) * torch.randn_like(mu))
+    reconstruction, kl = vae.reconstruction_loss(recon, images, kind), vae.kl_divergence(mu, log_var)
+    loss = reconstruction + 0.5 * (1 if kind == "sigma" else 0.132) * kl
+    loss.mean().backward()
+    torch.testing.assert_close(sums, torch.stack([loss.sum(), reconstruction.sum(), kl.sum(), torch.tensor(6.0)]))
+    for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(
+            one, two - train.learning_rate(progress) * two.grad, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_steps_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw_faces(tmp_path / "faces", 21)  # 1 to validate on, so 20 in batches of 8, 8 and 4
+    calls = []
+
+    def record(network, optimizer, images, step, progress):
+        calls.append((step, progress, [hash(image.numpy().tobytes()) for image in images.contiguous()]))
+        assert network.training and images.is_contiguous(memory_format=torch.channels_last)
+        return torch.tensor([8.0, 6, 2, 1]) * len(images)
+
+    monkeypatch.setattr(train, "train_step", record)
+    run("--epochs", "2")
+    assert [(step, progress) for step, progress, _ in calls] == [(k, pytest.approx((k + 0.5) / 6)) for k in range(6)]
+    assert [len(images) for *_, images in calls] == [8, 8, 4] * 2
+    epochs = [[image for *_, images in part for image in images] for part in (calls[:3], calls[3:])]
+    assert set(epochs[0]) == set(epochs[1]) and len(set(epochs[0])) == 20 and epochs[0] != epochs[1]
+    for row in vae.load_checkpoint("checkpoints_best/last.pth")[1]["state"]["history"]:
+        assert (row["train_loss"], row["train_reconstruction"], row["train_kl"]) == (8, 6, 2)
+
+    first, calls[:] = epochs[0], []
+    run("--epochs", "1", "--seed", "1", "--val-fraction", "0")
+    assert [image for *_, images in calls for image in images] != first
+
+
+def test_seeds_give_different_models():
+    seeds = []
+    for train.SEED in (0, 1):
+        seeds += [train.seed_of(use, index) for use in (b"init", b"step", b"order") for index in (0, 1)]
+    assert len(set(seeds)) == 12
 
 
 # Figures
@@ -166,13 +239,45 @@ def test_checkpoint_holds_the_best_weights_and_describes_itself(trained):
     assert info["constants"]["EPOCHS"] == 8 and info["constants"]["BETA"] == 0.132 and model.prior_is_fitted()
 
 
-def test_prior_is_fitted_to_the_weights_that_are_saved(workplace):
+def test_the_best_epoch_is_that_of_the_lowest_validation_loss(workplace, monkeypatch):
+    figures, validated = iter([3.0, 1.0, 2.0]), []
+
+    def evaluate(model, photos, val_set, device):
+        validated.append((val_set.tolist(), copy.deepcopy(model.fc_mu.weight.detach()), model.training))
+        names = ("val_loss", "val_reconstruction", "val_kl", "val_squared_error", "val_psnr")
+        return dict.fromkeys(names, next(figures))
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    run("--epochs", "3")
+    model, info = vae.load_checkpoint("checkpoints_best/vae_model_3.pth")
+    assert info["epoch"] == 2 and torch.equal(model.fc_mu.weight, validated[1][1])
+    assert all(held_out == train.split_photos(40)[1].tolist() and not training for held_out, _, training in validated)
+
+
+def test_prior_is_fitted_to_the_codes_of_the_training_photos(workplace):
     model, info = vae.load_checkpoint(TRAINED)
-    fitted = model.latent_mean.clone(), model.latent_scale.clone()
     vars(train).update(info["constants"])
-    photos = train.load_photos(CPU)
-    train.fit_prior(model, photos, train.split_photos(len(photos))[0], CPU)
-    torch.testing.assert_close((model.latent_mean, model.latent_scale), fitted)
+    photos = [vae.celeb_transforms(32)[0](vae.read_image(path)) for path in vae.find_images("faces")]
+    with torch.no_grad():
+        mu, log_var = model.encode(torch.stack(photos)[train.split_photos(40)[0]])
+    covariance = torch.cov(mu.T, correction=0) + torch.diag(log_var.exp().mean(0))
+    torch.testing.assert_close(model.latent_mean, mu.mean(0), atol=0.02, rtol=0.02)  # fitted in bfloat16
+    torch.testing.assert_close(model.latent_scale @ model.latent_scale.T, covariance, atol=0.05, rtol=0.05)
+
+
+def test_pictures_of_an_epoch(workplace):
+    model, info = vae.load_checkpoint("checkpoints_best/last.pth")
+    vars(train).update(info["constants"])
+    train.AMP, train.HIDDEN_DIMS = False, [8, 16]
+    photos = torch.stack([vae.celeb_transforms(32)[0](vae.read_image(path)) for path in vae.find_images("faces")[:3]])
+    train.save_pictures(model, photos, workplace / "picture")
+    strip = np.asarray(Image.open("picture_reconstructions.png")).astype(int)
+    expected = model.decode(model.encode(photos[1:2])[0])[0].detach()
+    assert np.abs(strip[2:34, 36:68] - 255 * photos[1].permute(1, 2, 0).numpy()).max() <= 1
+    assert np.abs(strip[36:68, 36:68] - 255 * expected.permute(1, 2, 0).numpy()).max() <= 1
+    before = (workplace / "picture_samples.png").read_bytes()
+    train.save_pictures(model, photos, workplace / "picture")
+    assert (workplace / "picture_samples.png").read_bytes() == before
 
 
 def test_checkpoints_of_other_runs_are_kept(workplace, capsys):
@@ -190,6 +295,18 @@ def test_checkpoints_of_other_runs_are_kept(workplace, capsys):
 def test_the_same_settings_give_the_same_weights(workplace):
     run("--epochs", "8", "--output-dir", "again")
     assert same_weights("again/vae_model_8.pth", TRAINED)
+
+
+def test_an_unfinished_run_is_kept_when_another_takes_its_place(workplace, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "train_step", Interrupt(7, signal.SIGINT))
+        run("--epochs", "3")
+    unfinished = (workplace / "checkpoints_best/last.pth").read_bytes()
+    run("--epochs", "1")
+    assert (workplace / "checkpoints_best/last.previous.pth").read_bytes() == unfinished
+    assert "kept as checkpoints_best/last.previous.pth" in capsys.readouterr().out
+    run("--epochs", "1")  # after a finished run there is nothing to keep for --resume
+    assert not (workplace / "checkpoints_best/last.previous-2.pth").exists()
 
 
 @pytest.mark.parametrize("data", [[], ["--data", "data/train"]])
@@ -214,10 +331,23 @@ def test_compiling_that_fails_costs_only_a_line(monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(torch, "compile", lambda model: type("Broken", (torch.nn.Module,), {"forward": fail})())
+    monkeypatch.setattr(torch, "compile", lambda model, **_: type("Broken", (torch.nn.Module,), {"forward": fail})())
     model, train.COMPILE = vae.VAE(), "yes"
-    assert train.compiled(model, CPU) is model
+    before = copy.deepcopy(model.state_dict())
+    assert train.compiled(model, CPU, 2) is model
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert "Compiling the model fails here (RuntimeError)" in capsys.readouterr().out
+
+
+def test_compiling_leaves_the_model_as_it_was(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    train.IMAGE_SIZE, train.CHANNELS, model = 16, 1, vae.VAE(16, 1, [4], 3)
+    before = copy.deepcopy(model.state_dict())
+    assert train.compiled(model, CPU, 2) is model and train.COMPILE == "auto"  # on the CPU: not compiled
+    train.COMPILE = "yes"
+    train.compiled(model, CPU, 2)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 # Stopping and resuming
@@ -247,7 +377,7 @@ def test_a_stopped_run_goes_on_as_if_it_never_stopped(workplace, monkeypatch, ca
     run(*flags, "--output-dir", "parts", "--resume")
     assert same_weights("whole/last.pth", "parts/last.pth")
     assert same_weights("whole/vae_model_4.pth", "parts/vae_model_4.pth")
-    runs = [vae.load_checkpoint(f"{name}/last.pth")[1]["run"]["history"] for name in ("whole", "parts")]
+    runs = [vae.load_checkpoint(f"{name}/last.pth")[1]["state"]["history"] for name in ("whole", "parts")]
     assert [{**row, "images_per_second": 0} for row in runs[0]] == [{**row, "images_per_second": 0} for row in runs[1]]
 
 
@@ -261,7 +391,11 @@ def test_a_run_does_not_go_on_with_other_settings(workplace, capsys):
     assert code == 2 and "BATCH_SIZE was 8 and is 4; EPOCHS was 8 and is 3" in said
     draw_faces(workplace / "faces", 41)
     code, said = refusal(run, capsys, "--resume", "--epochs", "8")
-    assert code == 2 and "photos was 40 and is 41" in said
+    assert code == 2 and "photos was 40 files" in said and "is 41 files" in said
+    (workplace / "faces/face 040.jpg").unlink()
+    (workplace / "faces/face 000.jpg").rename(workplace / "faces/another.jpg")
+    code, said = refusal(run, capsys, "--resume", "--epochs", "8")
+    assert code == 2 and said.count("40 files") == 2
 
 
 def test_nothing_to_resume(workplace, capsys):
@@ -276,23 +410,24 @@ def test_folders_without_photos(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     code, said = refusal(main, capsys)
-    assert code == 2 and str(tmp_path / "data/demo") in said
-    for folder in ("empty", "missing"):
-        code, said = refusal(main, capsys, "--data", folder)
-        assert code == 2 and str(tmp_path / folder) in said and "--data" in said and "CelebA" in said
+    assert code == 2 and f"{tmp_path}/data/train does not exist" in said
+    (tmp_path / "file").touch()
+    for words in ("empty holds no photos", "missing does not exist", "file is not a folder"):
+        code, said = refusal(main, capsys, "--data", words.split()[0])
+        assert code == 2 and f"{tmp_path}/{words}" in said and "--data" in said and "CelebA" in said
 
 
 def test_photos_that_do_not_suffice(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     draw_faces(tmp_path / "faces", 2)
     code, said = refusal(run, capsys)
-    assert code == 1 and "holds 2 readable photos" in said
+    assert code == 1 and "There are 2 readable photos" in said
     (tmp_path / "faces").rename(tmp_path / "other")
     (tmp_path / "faces").mkdir()
     (tmp_path / "faces/text.jpg").write_text("no photo")
     code, said = refusal(run, capsys)
     assert code == 1 and "None of the 1 files" in said
-    assert len(list(tmp_path.glob("data/cache/*"))) == 1 and not (tmp_path / "checkpoints_best").exists()
+    assert len(list(tmp_path.glob("data/cache/*"))) == 1 and not list((tmp_path / "checkpoints_best").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -314,6 +449,45 @@ def test_constants_that_cannot_be(flags, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_folder_that_cannot_be(workplace, capsys):
+    (workplace / "file").touch()
+    for folder in ("file", "file/folder"):
+        code, said = refusal(run, capsys, "--output-dir", folder)
+        assert code == 2 and f"OUTPUT_DIR {folder} cannot be written to" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("EPOCHS", "20"), ("EPOCHS", 2.0), ("LEARNING_RATE", "1e-3"), ("AMP", "no"), ("DATA", None), ("SEED", True)]
+    + [("HIDDEN_DIMS", []), ("HIDDEN_DIMS", 64), ("HIDDEN_DIMS", [8.0, 16]), ("IMAGE_SIZE", (150, 150))],
+)
+def test_constants_of_another_type(name, value, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    setattr(train, name, value)
+    code, said = refusal(main, capsys)
+    assert code == 2 and f"{name} is {value!r}: it must be" in said
+
+
+def test_a_whole_number_in_the_script_takes_fractions_from_its_flag(capsys):
+    train.BETA = 1
+    code, said = refusal(main, capsys, "--beta", "0.5", "--epochs", "0")
+    assert code == 2 and "EPOCHS" in said
+
+
+def test_a_loss_that_explodes_ends_with_a_sentence(workplace, capsys):
+    before = (workplace / "checkpoints_best/last.pth").read_bytes()
+    code, said = refusal(run, capsys, "--epochs", "1", "--learning-rate", "1e12")
+    assert code == 1 and "lower LEARNING_RATE" in said
+    assert (workplace / "checkpoints_best/last.pth").read_bytes() == before
+
+
+def test_codes_that_explode_end_with_a_sentence():
+    model, photos = vae.VAE(16, 1, [4], 8), torch.randint(0, 256, (5, 16, 16, 1), dtype=torch.uint8)
+    model.fc_mu.weight.data *= 1e12
+    with pytest.raises(vae.UserError, match="lower LEARNING_RATE"):
+        train.fit_prior(model, photos, torch.arange(5), CPU)
+
+
 @pytest.mark.parametrize("flags", ["--epoch 3", "--epochs many", "--amp yes", "--hidden-dims", "more"])
 def test_flags_that_do_not_exist_end_with_usage(flags, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -325,6 +499,6 @@ def test_help_shows_every_constant_with_its_comment(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for text in ("--hidden-dims", "each stage halves the side (default: [32, 64, 128, 256, 512])", "--no-amp"):
+    for text in ("--hidden-dims", "stages; each halves the side (default: [32, 64, 128, 256, 512])", "--no-amp"):
         assert text in said
     assert "reached after 5 % of the run; lower it if the loss jumps about (default: 0.001)" in said

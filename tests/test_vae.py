@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, draw_face
 from PIL import Image
 from torch.distributions import Independent, Normal, kl_divergence
@@ -52,6 +53,39 @@ def test_default_model_has_the_published_layers():
 def test_arguments_that_make_no_model(arguments):
     with pytest.raises(ValueError, match=r"^[A-Z_]+ is .* it must be "):
         VAE(*arguments)
+
+
+def test_network_computes_what_published_checkpoints_of_its_names_expect():
+    model, images, z = VAE(64, 3, [4, 8, 16], 5), torch.rand(3, 3, 64, 64), torch.randn(3, 5)
+    for _ in range(3):
+        model(torch.rand(4, 3, 64, 64))  # gives BatchNorm some statistics
+    state = model.eval().state_dict()
+
+    def stage(x, name, convolution, **options):
+        x = convolution(x, state[f"{name}0.weight"], state[f"{name}0.bias"], stride=2, padding=1, **options)
+        norm = [state[f"{name}1.{part}"] for part in ("running_mean", "running_var", "weight", "bias")]
+        return F.leaky_relu(F.batch_norm(x, *norm), 0.01)
+
+    x = images
+    for number in range(3):
+        x = stage(x, f"encoder.{number}.", F.conv2d)
+    x = x.flatten(1)
+    codes = [F.linear(x, state[f"fc_{name}.weight"], state[f"fc_{name}.bias"]) for name in ("mu", "var")]
+    torch.testing.assert_close(model.encode(images), tuple(codes))
+
+    x = F.linear(z, state["decoder_input.weight"], state["decoder_input.bias"]).view(3, 16, 8, 8)
+    for name in ("decoder.0.", "decoder.1.", "final_layer."):
+        x = stage(x, name, F.conv_transpose2d, output_padding=1)
+    x = torch.sigmoid(F.conv2d(x, state["final_layer.3.weight"], state["final_layer.3.bias"], padding=1))
+    torch.testing.assert_close(model.decode(z), x)
+
+
+def test_codes_images_and_losses_are_float32_under_autocast():
+    model, x = VAE(16, 1, [4], 3), torch.rand(2, 1, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        recon, mu, log_var = model(x)
+        assert {recon.dtype, mu.dtype, log_var.dtype, vae.kl_divergence(mu, log_var).dtype} == {torch.float32}
+        assert model.fc_mu(model.encoder(x).flatten(1)).dtype == torch.bfloat16
 
 
 def test_reparameterize_draws_from_the_posterior():
@@ -202,6 +236,12 @@ def test_transparent_areas_lie_over_white(tmp_path):
     image = read_image(tmp_path / "holes.png")
     pixels = [image.getpixel((x, 0)) for x in range(3)]
     assert pixels == [(255, 255, 255), (127, 127, 127), (255, 0, 0)]
+    photo.convert("LA").save(tmp_path / "grey.png")
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 255, 255, 0, 0])
+    palette.save(tmp_path / "palette.png", transparency=1)
+    for name in ("grey.png", "palette.png"):
+        assert read_image(tmp_path / name).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_what_is_not_a_photo_is_refused(tmp_path):
@@ -209,7 +249,8 @@ def test_what_is_not_a_photo_is_refused(tmp_path):
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])
     (tmp_path / "text.jpg").write_text("this is no photo")
     (tmp_path / "empty.png").touch()
-    for name, code in (("cut.jpg", 1), ("text.jpg", 1), ("empty.png", 1), ("missing.jpg", 2)):
+    (tmp_path / "program.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # never run Ghostscript
+    for name, code in (("program.jpg", 1), ("cut.jpg", 1), ("text.jpg", 1), ("empty.png", 1), ("missing.jpg", 2)):
         with pytest.raises(UserError, match=name) as refused:
             read_image(tmp_path / name)
         assert refused.value.code == code
@@ -252,6 +293,13 @@ def test_checkpoint_round_trip(tmp_path):
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
+
+
+def test_a_model_saved_whole_loads(tmp_path):
+    model = small_model()
+    torch.save(model, tmp_path / "whole.pth")
+    loaded, info = load_checkpoint(tmp_path / "whole.pth")
+    assert info == {} and all(torch.equal(t, model.state_dict()[name]) for name, t in loaded.state_dict().items())
 
 
 def test_bare_state_dict_loads_with_a_standard_prior(tmp_path):
