@@ -417,18 +417,17 @@ def prepare_output():
         raise UserError(f"OUTPUT_DIR {OUTPUT_DIR} cannot be written to ({error.strerror}): name another.", 2) from None
 
 
-def new_run(names):
-    """Return the state of a run that has yet to take its first step, on photos of these names."""
-    photos = f"{len(names)} files ({digest(names)})"
+def new_run(photos):
+    """Return the state of a run that has yet to take its first step; `photos` is a text that tells its photos apart."""
     return {"id": uuid.uuid4().hex, "photos": photos, "epoch": 0, "step": 0, "sums": torch.zeros(4), "history": []}
 
 
-def resume_run(model, optimizer, settings, names):
+def resume_run(model, optimizer, settings, photos):
     """Return the state of the run in last.pth, and set model and optimizer to its; UserError where it cannot go on."""
     saved, info = load_checkpoint(last_path())
     if not {"optimizer", "constants", "state"} <= info.keys():
         raise UserError(f"{last_path()} is not the last.pth of a run: there is nothing in it to resume.")
-    then, now = info["constants"] | {"photos": info["state"]["photos"]}, settings | {"photos": new_run(names)["photos"]}
+    then, now = info["constants"] | {"photos": info["state"]["photos"]}, settings | {"photos": photos}
     free = ["RESUME", "DATA", "OUTPUT_DIR", "DEVICE", "AMP", "COMPILE"]  # may change between the sessions of a run
     changes = [f"{key} was {then.get(key)} and is {now[key]}" for key in now.keys() - free if then.get(key) != now[key]]
     if changes:
@@ -506,7 +505,8 @@ def main(argv=None):
     prepare_output()
     photos = load_photos(paths, names, device)
     train_set, val_set = (part.to(photos.device) for part in split_photos(len(photos)))
-    run = resume_run(model, optimizer, settings, names) if RESUME else new_run(names)
+    photos_id = f"{len(photos)} photos ({digest(names)})"
+    run = resume_run(model, optimizer, settings, photos_id) if RESUME else new_run(photos_id)
     run["sums"] = run["sums"].to(device)
     describe_run(model, device, run, train_set, val_set)
 

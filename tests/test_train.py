@@ -391,11 +391,11 @@ def test_a_run_does_not_go_on_with_other_settings(workplace, capsys):
     assert code == 2 and "BATCH_SIZE was 8 and is 4; EPOCHS was 8 and is 3" in said
     draw_faces(workplace / "faces", 41)
     code, said = refusal(run, capsys, "--resume", "--epochs", "8")
-    assert code == 2 and "photos was 40 files" in said and "is 41 files" in said
+    assert code == 2 and "photos was 40 photos" in said and "is 41 photos" in said
     (workplace / "faces/face 040.jpg").unlink()
     (workplace / "faces/face 000.jpg").rename(workplace / "faces/another.jpg")
     code, said = refusal(run, capsys, "--resume", "--epochs", "8")
-    assert code == 2 and said.count("40 files") == 2
+    assert code == 2 and said.count("40 photos") == 2
 
 
 def test_nothing_to_resume(workplace, capsys):
