@@ -35,7 +35,6 @@ LOG_VAR_RANGE = (-20.0, 10.0)  # exp() stays finite and positive, in float32 and
 
 
 # The model
-@functools.cache
 def celeb_transforms(size):
     """Return the transforms (photo -> (C, size, size) tensor in [0, 1]) and (photo or tensor -> size x size)."""
     crop = Compose([Resize(size, antialias=True), CenterCrop(size)])

@@ -158,8 +158,9 @@ def test_steps_of_a_run(tmp_path, monkeypatch):
 
     def record(network, optimizer, images, step, progress):
         calls.append((step, progress, [hash(image.numpy().tobytes()) for image in images.contiguous()]))
-        assert network.training and images.is_contiguous(memory_format=torch.channels_last)
-        return torch.tensor([8.0, 6, 2, 1]) * len(images)
+        for tensor in (images, network.encoder[1][0].weight):
+            assert network.training and tensor.is_contiguous(memory_format=torch.channels_last)
+        return torch.tensor([8.0, 6, 2, 1]) * len(images) * torch.tensor([step % 3, step % 3, step % 3, 1])
 
     monkeypatch.setattr(train, "train_step", record)
     run("--epochs", "2")
@@ -168,10 +169,12 @@ def test_steps_of_a_run(tmp_path, monkeypatch):
     epochs = [[image for *_, images in part for image in images] for part in (calls[:3], calls[3:])]
     assert set(epochs[0]) == set(epochs[1]) and len(set(epochs[0])) == 20 and epochs[0] != epochs[1]
     for row in vae.load_checkpoint("checkpoints_best/last.pth")[1]["state"]["history"]:
-        assert (row["train_loss"], row["train_reconstruction"], row["train_kl"]) == (8, 6, 2)
+        figures = [row[f"train_{name}"] for name in ("loss", "reconstruction", "kl")]
+        assert figures == pytest.approx([8 * 0.8, 6 * 0.8, 2 * 0.8])  # 0 for 8 photos, 1 for 8 and 2 for 4
 
     first, calls[:] = epochs[0], []
     run("--epochs", "1", "--seed", "1", "--val-fraction", "0")
+    assert not same_weights("checkpoints_best/vae_model_2.pth", "checkpoints_best/vae_model_1.pth")  # as they were born
     assert [image for *_, images in calls for image in images] != first
 
 
@@ -324,7 +327,10 @@ def test_smallest_sets(tmp_path, monkeypatch, capsys):
     run("--epochs", "1")
     assert "2 to train on in batches of 2, 1 to validate on" in capsys.readouterr().out
     draw_faces(tmp_path / "faces", 10)
-    run("--epochs", "1")  # 9 to train on in batches of 8: the last photo alone would make BatchNorm fail
+    step, sizes = train.train_step, []
+    monkeypatch.setattr(train, "train_step", lambda *args: sizes.append(len(args[2])) or step(*args))
+    run("--epochs", "1")
+    assert sizes == [8]  # of the 9 to train on, the last would be a batch of one
 
 
 def test_compiling_that_fails_costs_only_a_line(monkeypatch, capsys):
