@@ -234,9 +234,7 @@ def train_epoch(network, optimizer, photos, train_set, run, stopping):
     network.train()
     order = np.random.default_rng(seed_of(b"order", run["epoch"])).permutation(len(train_set))
     shuffled = train_set[torch.from_numpy(order).to(train_set.device)]
-    batches = [
-        batch for batch in shuffled.split(BATCH_SIZE) if len(batch) > 1
-    ]  # one photo is no statistic for BatchNorm
+    batches = [batch for batch in shuffled.split(BATCH_SIZE) if len(batch) > 1]  # BatchNorm needs two photos
     first, start = run["step"], time.perf_counter()
     with tqdm(batches[first:], f"Epoch {run['epoch'] + 1}/{EPOCHS}", unit="step", leave=False, disable=None) as bar:
         for batch in bar:

@@ -142,6 +142,8 @@ def test_the_picture_is_in_the_format_of_its_ending(workplace):
     for ending, format in (("jpg", "JPEG"), ("JPEG", "JPEG"), ("png", "PNG"), ("webp", "WEBP")):
         run("--num-variations", "1", "--output", f"grid.{ending}")
         assert Image.open(f"grid.{ending}").format == format
+    Image.open("grid.png").save("reference.jpg", quality=95)
+    assert Image.open("grid.jpg").quantization == Image.open("reference.jpg").quantization
 
 
 # Refusals
