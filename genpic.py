@@ -1,8 +1,8 @@
 """Make pictures with a trained model: variations of a photo, reconstructions, samples.
 
-python genpic.py                                  # ten variations of the photo in data/tested_data
-python genpic.py --image me.jpg --w 0.1           # every constant below is also a flag of its name
-python genpic.py --mode sample --output faces.png
+    python genpic.py                                  # ten variations of the photo in data/tested_data
+    python genpic.py --image me.jpg --w 0.1           # every constant at the top of the script is a flag
+    python genpic.py --mode sample --output faces.png
 """
 
 import itertools
@@ -139,6 +139,7 @@ def check_settings():
     require(SEED >= 0, "SEED", SEED, "at least 0")
     endings = (".jpg", ".jpeg", ".png", ".webp")
     require(Path(OUTPUT).suffix.lower() in endings, "OUTPUT", OUTPUT, f"a file name that ends in {', '.join(endings)}")
+    require(not Path(OUTPUT).is_dir(), "OUTPUT", OUTPUT, "a file, but it is a folder")
     if not Path(CHECKPOINT).is_file():
         found = ", ".join(sorted(map(str, Path(CHECKPOINT).parent.glob("*.pth"))))
         hint = f"name one with --checkpoint (there is {found})" if found else "make one with `python train.py`"

@@ -86,7 +86,7 @@ def seed_of(use, index=0):
 # Photos
 def find_photos():
     """Return the paths of the photos to learn from, and their names below DATA (the demo while data/train is empty)."""
-    folder, paths = Path(DATA), find_images(DATA)
+    folder, paths = Path(DATA), find_images(DATA, without=OUTPUT_DIR)
     if not paths and folder == Path("data/train") and (paths := find_images("data/demo")):
         print("There are no photos in data/train yet, so this run learns from the demo faces in data/demo.")
         folder = Path("data/demo")
@@ -97,7 +97,7 @@ def find_photos():
             f"from are CelebA's img_align_celeba.zip from mmlab.ie.cuhk.edu.hk/projects/CelebA.html; unpack it first.",
             2,
         )
-    return paths, [str(path).removeprefix(str(folder)) for path in paths]
+    return paths, [path.relative_to(folder).as_posix() for path in paths]
 
 
 def load_photos(paths, names, device):
@@ -289,7 +289,7 @@ def fit_prior(model, photos, train_set, device):
 # What a run leaves behind
 def finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, speed):
     """Validate, fit the prior and write the files of an epoch, last.pth last: all it tells of is then there."""
-    device, epoch = run["sums"].device, run["epoch"] + 1
+    device, epoch, out = run["sums"].device, run["epoch"] + 1, Path(OUTPUT_DIR)
     *sums, seen = run["sums"].tolist()
     if not all(map(math.isfinite, sums)):
         raise UserError(f"The loss left the numbers in epoch {epoch}: start again with a lower LEARNING_RATE.")
@@ -303,9 +303,9 @@ def finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, sp
         keep_previous(checkpoint_path(), run["id"])
         save_checkpoint(checkpoint_path(), model, run=run["id"], constants=settings, **row)
     run |= {"epoch": epoch, "step": 0, "sums": torch.zeros_like(run["sums"]), "history": [*run["history"], row]}
-    save_pictures(model, load_batch(photos, val_set[:8], device), f"{OUTPUT_DIR}/progress/epoch_{epoch:02d}")
-    save_history(run["history"], f"{OUTPUT_DIR}/history.csv")
-    plot_history(run["history"], f"{OUTPUT_DIR}/loss_curves.png")
+    save_pictures(model, load_batch(photos, val_set[:8], device), out / f"progress/epoch_{epoch:02d}")
+    save_history(run["history"], out / "history.csv")
+    plot_history(run["history"], out / "loss_curves.png")
     save_last(model, optimizer, run, settings)
     print(epoch_line(row, best), flush=True)
 
@@ -402,6 +402,7 @@ def check_settings():
     require(0 <= VAL_FRACTION < 1, "VAL_FRACTION", VAL_FRACTION, "at least 0 and less than 1")
     require(SEED >= 0, "SEED", SEED, "at least 0")
     require(COMPILE in ("auto", "yes", "no"), "COMPILE", COMPILE, '"auto", "yes" or "no"')
+    require(Path(DATA).resolve() != Path(OUTPUT_DIR).resolve(), "OUTPUT_DIR", OUTPUT_DIR, "another folder than DATA")
     if RESUME and not last_path().exists():
         raise UserError(
             f"There is no {last_path()} to resume from: start without --resume, or name its --output-dir.", 2
@@ -428,10 +429,11 @@ def resume_run(model, optimizer, settings, photos):
     if not {"optimizer", "constants", "state"} <= info.keys():
         raise UserError(f"{last_path()} is not the last.pth of a run: there is nothing in it to resume.")
     then, now = info["constants"] | {"photos": info["state"]["photos"]}, settings | {"photos": photos}
-    free = ["RESUME", "DATA", "OUTPUT_DIR", "DEVICE", "AMP", "COMPILE"]  # may change between the sessions of a run
-    changes = [f"{key} was {then.get(key)} and is {now[key]}" for key in now.keys() - free if then.get(key) != now[key]]
+    free = {"RESUME", "DATA", "OUTPUT_DIR", "DEVICE", "AMP", "COMPILE"}  # may change between the sessions of a run
+    keys = sorted((then.keys() | now.keys()) - free)
+    changes = [f"{key} was {then.get(key)} and is {now.get(key)}" for key in keys if then.get(key) != now.get(key)]
     if changes:
-        raise UserError(f"The run of {last_path()} goes on only as it began: {'; '.join(sorted(changes))}.", 2)
+        raise UserError(f"The run of {last_path()} goes on only as it began: {'; '.join(changes)}.", 2)
     model.load_state_dict(saved.state_dict())
     optimizer.load_state_dict(info["optimizer"])
     return info["state"]

@@ -9,16 +9,17 @@ Importing this file has no effect of its own: it prints nothing, draws no random
 
 import argparse
 import functools
+import inspect
 import math
 import os
 import re
 import sys
+import typing
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
@@ -155,7 +156,8 @@ def reconstruction_loss(recon, x, kind):
     """
     recon, x = recon.float(), x.float()
     if kind == "bce":
-        return F.binary_cross_entropy(recon, x, reduction="none").sum((1, 2, 3))
+        recon = recon.clamp(1e-7, 1 - 1e-7)  # a sigmoid reaches 0 and 1, where the logarithms are infinite
+        return -(x * recon.log() + (1 - x) * (1 - recon).log()).sum((1, 2, 3))
     squared_error = (recon - x).square().sum((1, 2, 3))
     return calibrated_nll(squared_error, x[0].numel()) if kind == "sigma" else squared_error
 
@@ -188,10 +190,13 @@ def image_formats():
     return [name for name in Image.OPEN if name not in ("EPS", "WMF", "BUFR", "GRIB", "HDF5")]
 
 
-def find_images(folder):
-    """Sorted paths of the files below `folder` whose ending Pillow reads; links are followed, hidden names are not."""
+def find_images(folder, without=None):
+    """Sorted paths of the files below `folder`, but not below `without`, whose ending is of a format Pillow reads.
+
+    Links are followed, hidden files and folders are passed over.
+    """
     endings = {ending for ending, name in Image.registered_extensions().items() if name in image_formats()}
-    found, visited = [], set()
+    found, visited = [], {without and os.path.realpath(without)}
     for root, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(root)) in visited:  # a link back up would go round for ever
             folders.clear()
@@ -210,7 +215,7 @@ def read_image(path, channels=CHANNELS):
     try:
         with Image.open(path, formats=image_formats()) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") and image.getextrema()[1] > 255:  # 16 bits; convert() would clip them
+            if image.mode.startswith("I") and np.asarray(image).max() > 255:  # 16 bits; convert() would clip them
                 image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
@@ -230,12 +235,18 @@ def paired(originals, reconstructions, columns):
 
 
 def save_grid(images, path, columns):
-    """Save images (B, C, H, W) in [0, 1] as one picture, 2 pixels apart, in the format of the path's ending."""
+    """Save images (B, C, H, W) in [0, 1] as one picture, 2 pixels apart, in the format of the path's ending.
+
+    Raises UserError where the format has no room for so large a picture.
+    """
     grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=1)
     pixels = (grid[: images.shape[1]] * 255).round().byte()
     picture = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())
-    with atomic_write(path) as partial:
-        picture.save(partial, quality=95)
+    try:
+        with atomic_write(path) as partial:
+            picture.save(partial, quality=95)
+    except ValueError as error:
+        raise UserError(f"{path} cannot hold {picture.width}x{picture.height} pixels ({error}).") from None
 
 
 def latent_noise(seed, count, latent_dim):
@@ -281,7 +292,10 @@ def load_checkpoint(path, device="cpu"):
     except Exception as error:  # torch.load raises whatever its zip reader and its unpickler stumble over
         raise UserError(f"{path} is not a checkpoint that can be read safely ({type(error).__name__}).") from None
     try:
-        info = info.state_dict() if isinstance(info, VAE) else info
+        if isinstance(
+            info, VAE
+        ):  # of a whole module, the weights are all that is taken, and the config if there is one
+            info = {"state_dict": info.state_dict(), "config": getattr(info, "config", None)}
         info = info if "state_dict" in info else {"state_dict": dict(info)}
         state_dict = info.pop("state_dict")
         model = VAE(**info.pop("config", None) or infer_config(state_dict))
@@ -353,7 +367,7 @@ def script(main):
 def override_constants(constants, argv=None):
     """Set a script's `constants`, its globals(), from flags of their names, and return them as a dict.
 
-    Name, type and default of a flag are those of an annotated constant, its help is the comment beside it, in the
+    Name, type and default of a flag are those of an UPPERCASE constant, its help is the comment beside it, in the
     script or in this file. Other flags, and values of another type, end the script with its usage and exit code 2.
     Raises UserError where the value in the script is itself of another type.
     """
@@ -362,20 +376,25 @@ def override_constants(constants, argv=None):
         """Shows the defaults, and the docstring as it is."""
 
     kinds = {  # annotation: (types of the value, what they are called, options of the flag)
-        "int": ([int], "a whole number", {"type": int}),
-        "float": ([int, float], "a number", {"type": float}),
-        "str": ([str], "a text in quotes", {"type": os.path.expanduser}),
-        "bool": ([bool], "True or False", {"action": argparse.BooleanOptionalAction}),
-        "list[int]": ([list], "a list of whole numbers", {"type": int, "nargs": "+"}),
+        int: ([int], "a whole number", {"type": int}),
+        float: ([int, float], "a number", {"type": float}),
+        str: ([str], "a text in quotes", {"type": os.path.expanduser}),
+        bool: ([bool], "True or False", {"action": argparse.BooleanOptionalAction}),
+        list: ([list], "a list of whole numbers", {"type": int, "nargs": "+"}),
     }
-    sources = "\n".join(Path(file).read_text(encoding="utf-8") for file in (__file__, constants["__file__"]))
+    modules = [sys.modules[__name__], sys.modules[constants["__name__"]]]
+    source = "\n".join(Path(module.__file__).read_text(encoding="utf-8") for module in modules)
+    comments = dict(re.findall(r"^([A-Z_0-9]+)\b.*?=.*?#\s*(.*)$", source, re.MULTILINE))
+    annotations = {name: kind for module in modules for name, kind in inspect.get_annotations(module).items()}
     parser = argparse.ArgumentParser(description=constants["__doc__"], formatter_class=Formatter, allow_abbrev=False)
-    for name, kind, comment in re.findall(r"^([A-Z_0-9]+): (\S+) = .*?  # (.*)$", sources, re.MULTILINE):
-        if name in constants:
+    for name, value in constants.items():
+        kind = annotations.get(name, type(value))  # where the annotation was edited away, the value tells
+        kind = typing.get_origin(kind) or kind
+        if name.isupper() and kind in kinds:
             types, called, options = kinds[kind]
-            require(type(constants[name]) in types, name, constants[name], called)
-            flag, comment = f"--{name.lower().replace('_', '-')}", comment.replace("%", "%%")
-            parser.add_argument(flag, dest=name, default=constants[name], help=comment, **options)
+            require(type(value) in types, name, value, called)
+            flag, comment = f"--{name.lower().replace('_', '-')}", comments.get(name, "").replace("%", "%%")
+            parser.add_argument(flag, dest=name, default=value, help=comment, **options)
     settings = vars(parser.parse_args(argv))
     constants.update(settings)
     return settings
@@ -389,5 +408,5 @@ def pick_device(name):
         probe = torch.zeros(1, device=name)
         probe.cpu()  # there are devices that hold no values
         return probe.device
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise UserError(f'DEVICE is {name!r}, which does not work here: it is best left at "auto".', 2) from None

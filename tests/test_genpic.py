@@ -174,11 +174,14 @@ def test_the_picture_is_in_the_format_of_its_ending(workplace):
         ("--device tpu", 2, "DEVICE"),
         ("--output grid.xyz", 2, ".webp"),
         ("--output grid", 2, ".webp"),
+        ("--output folder.jpg", 2, "it is a folder"),
+        ("--output grid.webp --num-variations 3000", 1, "cannot hold 206x"),
     ],
 )
 def test_refusals(flags, code, words, workplace, capsys):
     (workplace / "broken.jpg").write_text("no photo")
     (workplace / "empty").mkdir()
+    (workplace / "folder.jpg").mkdir()
     (workplace / "broken").mkdir()
     (workplace / "broken/text.png").write_text("no photo")
     (workplace / "faces/face 000.jpg").rename(workplace / "faces/me.jpg")

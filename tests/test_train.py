@@ -412,6 +412,23 @@ def test_a_run_does_not_go_on_with_other_settings(workplace, capsys):
     assert code == 2 and said.count("40 photos") == 2
 
 
+def test_a_constant_edited_without_its_annotation_still_counts(workplace, capsys, monkeypatch):
+    monkeypatch.setattr(train, "LEARNING_RATE", 0.5)
+    monkeypatch.delitem(train.__annotations__, "LEARNING_RATE")
+    flags = [flag for flag in SMALL if "learning-rate" not in flag]
+    code, said = refusal(main, capsys, "--data", "faces", *flags, "--epochs", "8", "--resume")
+    assert code == 2 and "LEARNING_RATE was 0.01 and is 0.5" in said
+
+
+def test_a_run_knows_its_photos_by_any_name_of_their_folder_and_never_learns_from_its_pictures(workplace, monkeypatch):
+    monkeypatch.chdir("faces")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "train_step", Interrupt(7, signal.SIGINT))
+        main("--data", ".", *SMALL, "--epochs", "2", "--output-dir", "out")
+    main("--data", str(workplace / "faces"), *SMALL, "--epochs", "2", "--output-dir", "out", "--resume")
+    assert same_weights("out/last.pth", "out/vae_model_2.pth")
+
+
 def test_nothing_to_resume(workplace, capsys):
     code, said = refusal(run, capsys, "--resume", "--output-dir", "nowhere")
     assert code == 2 and "no nowhere/last.pth to resume from" in said
@@ -488,9 +505,10 @@ def test_a_whole_number_in_the_script_takes_fractions_from_its_flag(capsys):
     assert code == 2 and "EPOCHS" in said
 
 
-def test_a_loss_that_explodes_ends_with_a_sentence(workplace, capsys):
+@pytest.mark.parametrize("kind", ["mse", "bce", "sigma"])
+def test_a_loss_that_explodes_ends_with_a_sentence(kind, workplace, capsys):
     before = (workplace / "checkpoints_best/last.pth").read_bytes()
-    code, said = refusal(run, capsys, "--epochs", "1", "--learning-rate", "1e12")
+    code, said = refusal(run, capsys, "--epochs", "1", "--learning-rate", "1e12", "--reconstruction", kind)
     assert code == 1 and "lower LEARNING_RATE" in said
     assert (workplace / "checkpoints_best/last.pth").read_bytes() == before
 

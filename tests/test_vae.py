@@ -219,10 +219,11 @@ def test_modes_of_photos(tmp_path):
     grey = np.tile(np.arange(0, 256, 5, dtype=np.uint8), (20, 1))
     expected = Image.fromarray(grey).convert("RGB")
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16bit.png")
+    Image.frombytes("I;16B", grey.T.shape, (grey.astype(">u2") * 257).tobytes()).save(tmp_path / "16bit.tiff")
     Image.fromarray(grey).save(tmp_path / "grey.png")
     expected.quantize(64).save(tmp_path / "palette.png")
     expected.convert("CMYK").save(tmp_path / "cmyk.tiff")
-    for name in ("16bit.png", "grey.png", "palette.png", "cmyk.tiff"):
+    for name in ("16bit.png", "16bit.tiff", "grey.png", "palette.png", "cmyk.tiff"):
         image = read_image(tmp_path / name)
         assert image.mode == "RGB" and np.abs(np.asarray(image).astype(int) - np.asarray(expected)).max() <= 2
     assert np.array_equal(read_image(tmp_path / "16bit.png", channels=1), grey)
@@ -296,10 +297,14 @@ def test_checkpoint_round_trip(tmp_path):
 
 
 def test_a_model_saved_whole_loads(tmp_path):
-    model = small_model()
+    model = VAE(30, 1, [4, 8], 5)
     torch.save(model, tmp_path / "whole.pth")
     loaded, info = load_checkpoint(tmp_path / "whole.pth")
-    assert info == {} and all(torch.equal(t, model.state_dict()[name]) for name, t in loaded.state_dict().items())
+    assert (
+        info == {}
+        and loaded.config == model.config
+        and all(torch.equal(t, model.state_dict()[name]) for name, t in loaded.state_dict().items())
+    )
 
 
 def test_bare_state_dict_loads_with_a_standard_prior(tmp_path):
