@@ -3,6 +3,8 @@
     python genpic.py                                  # ten variations of the photo in data/tested_data
     python genpic.py --image me.jpg --w 0.1           # every constant at the top of the script is a flag
     python genpic.py --mode sample --output faces.png
+
+Writes generated_images_grid2.jpg: the photo, its reconstruction and the variations, six in a row.
 """
 
 import itertools
