@@ -74,7 +74,7 @@ SEED: int = 0  # start of all random numbers; another one gives another split, o
 
 # What it runs on
 DEVICE: str = "auto"  # "auto" is CUDA where there is one, else the CPU; or name a device: "cpu", "cuda:1"
-AMP: bool = True  # compute in bfloat16 where the hardware has it: about twice as fast, the same pictures
+AMP: bool = True  # compute in bfloat16 where the hardware has it: much faster (see README), the same pictures
 COMPILE: str = "auto"  # "yes" compiles the model first (a minute), "auto" only on CUDA, "no" never
 
 
