@@ -144,7 +144,7 @@ def build_cache(paths, cache):
                 file.write(photo)
                 bar.update()
         if not file.tell():
-            raise UserError(f"None of the {len(paths)} files in {paths[0].parent} can be read as a photo.")
+            raise UserError(f"None of the {len(paths)} files in {DATA} can be read as a photo.")
 
 
 def split_photos(count):
@@ -251,15 +251,15 @@ def train_epoch(network, optimizer, photos, train_set, run, stopping):
 @torch.inference_mode()
 def evaluate(model, photos, val_set, device):
     """Return the figures of the validation photos, each reconstructed from z = mu, as a dict of floats."""
-    kind = "bce" if RECONSTRUCTION == "bce" else "mse"
     losses = []
     for batch in val_set.split(BATCH_SIZE):
         images = load_batch(photos, batch, device)
         with autocast(device):
             mu, log_var = model.encode(images)
             recon = model.decode(mu)
-        parts = [reconstruction_loss(recon, images, "mse"), reconstruction_loss(recon, images, kind)]
-        losses.append(torch.stack([*parts, kl_divergence(mu, log_var)]))
+        error = reconstruction_loss(recon, images, "mse")
+        own = reconstruction_loss(recon, images, "bce") if RECONSTRUCTION == "bce" else error
+        losses.append(torch.stack([error, own, kl_divergence(mu, log_var)]))
     squared_error, reconstruction, kl = torch.cat(losses, dim=1).cpu().double()
     pixels = math.prod(images.shape[1:])
     if RECONSTRUCTION == "sigma":  # one variance for all photos, so that the figure does not depend on batches

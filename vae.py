@@ -281,7 +281,7 @@ def load_checkpoint(path, device="cpu"):
     """Return (model in eval mode on `device`, info) from a file of save_checkpoint or of the model's forerunners.
 
     Those are a bare state dict and a pickled whole module `vae.VAE`; their info is empty. Only tensors, plain Python
-    types and the layers of the model are ever unpickled. Raises UserError where the file is missing or anything else.
+    types and the layers of the model are ever unpickled. Raises UserError where the file is none of these or missing.
     """
     layers = [nn.Sequential, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.LeakyReLU, nn.Linear, nn.Sigmoid]
     try:
@@ -292,9 +292,7 @@ def load_checkpoint(path, device="cpu"):
     except Exception as error:  # torch.load raises whatever its zip reader and its unpickler stumble over
         raise UserError(f"{path} is not a checkpoint that can be read safely ({type(error).__name__}).") from None
     try:
-        if isinstance(
-            info, VAE
-        ):  # of a whole module, the weights are all that is taken, and the config if there is one
+        if isinstance(info, VAE):  # of a whole module only the weights are taken, and the config if there is one
             info = {"state_dict": info.state_dict(), "config": getattr(info, "config", None)}
         info = info if "state_dict" in info else {"state_dict": dict(info)}
         state_dict = info.pop("state_dict")
@@ -401,7 +399,7 @@ def override_constants(constants, argv=None):
 
 
 def pick_device(name):
-    """Return the torch.device of that name; "auto" is CUDA where there is one, else the CPU. May raise UserError."""
+    """Return the torch.device `name`; "auto" is CUDA if available, else the CPU. Raises UserError where it fails."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
