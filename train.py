@@ -383,7 +383,7 @@ def plot_history(history, path):
         for split, style in (("train", "o-"), ("val", "o--")):
             axes.plot([row["epoch"] for row in history], [row[f"{split}_{name}"] for row in history], style, ms=3)
         axes.set(xlabel="epoch", ylabel=label)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
     figure.legend(["training, z drawn", "validation, z = mean"], loc="outside upper center", ncols=2, frameon=False)
     with atomic_write(path) as partial:
