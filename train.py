@@ -3,13 +3,16 @@
     python train.py                               # the photos in data/train (the demo faces while there are none)
     python train.py --data ~/photos --epochs 5    # every constant at the top of the script is a flag
     python train.py --resume                      # go on where an interrupted run stopped
+    torchrun --nproc-per-node 4 train.py          # on four GPUs
 
 Writes checkpoints_best/vae_model_20.pth (the best weights, for genpic.py), last.pth (to resume), history.csv,
 loss_curves.png and progress/ with pictures of every epoch.
 """
 
+import collections
 import copy
 import csv
+import ctypes
 import functools
 import hashlib
 import itertools
@@ -22,12 +25,15 @@ import sys
 import tempfile
 import time
 import uuid
+import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import distributed, nn
 from tqdm import tqdm
 
 from vae import (
@@ -65,7 +71,7 @@ FLIP: bool = True  # mirror half of the photos, drawn anew each time; turn off w
 
 # How the model learns
 EPOCHS: int = 20  # passes over the photos; also the number in the checkpoint's name
-BATCH_SIZE: int = 32  # photos per step; raise it on a large GPU, lower it where memory runs out
+BATCH_SIZE: int = 32  # photos per step, of all GPUs together; raise it on large ones, lower it where memory runs out
 LEARNING_RATE: float = 1e-3  # Adam's peak step size, reached after 5 % of the run; lower it if the loss jumps about
 RECONSTRUCTION: str = "mse"  # "mse" squared error, "bce" cross-entropy, "sigma" Gaussian that finds its own weight
 BETA: float = 0.132  # weight of the KL divergence in nats, unused by "sigma"; higher: plainer samples, blurrier photos
@@ -78,9 +84,62 @@ AMP: bool = True  # compute in bfloat16 where the hardware has it: much faster (
 COMPILE: str = "auto"  # "yes" compiles the model first (a minute), "auto" only on CUDA, "no" never
 
 
-def seed_of(use, index=0):
-    """Return the seed (int) of one stream of random numbers: a pure function of SEED, its use (bytes) and an index."""
-    return int(np.random.SeedSequence((SEED, *use, index)).generate_state(1, np.uint64)[0])
+def seed_of(use, *numbers):
+    """Return the seed (int) of one stream of random numbers: a pure function of SEED, its use (bytes) and numbers."""
+    return int(np.random.SeedSequence((SEED, *use, *numbers)).generate_state(1, np.uint64)[0])
+
+
+# Processes: this one alone, or all that torchrun has started, each with its share of every batch
+def rank():
+    """Return the number of this process; number 0 alone prints and writes."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def processes():
+    """Return how many processes train together."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def join_processes():
+    """Meet the other processes that torchrun has started, if it started this one, and let number 0 speak for all."""
+    if not distributed.is_torchelastic_launched() or distributed.is_initialized():
+        return
+    if gpus := torch.cuda.device_count():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)  # this is "cuda" from here on
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    distributed.init_process_group(backend, timeout=timedelta(hours=12))  # as long as decoding the photos may take
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+
+
+def summed(tensor):
+    """Return the sum of a tensor over all processes, on the CPU."""
+    tensor = tensor.cpu()
+    if processes() > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def share(rows):
+    """Return this process's part, of consecutive rows, of a tensor."""
+    return rows.tensor_split(processes())[rank()]
+
+
+def gathered(part, count):
+    """Put the shares of all processes together again -> (count, ...), on the CPU."""
+    rows = torch.zeros(count, *part.shape[1:])
+    share(rows).copy_(part)
+    return summed(rows)
+
+
+@contextmanager
+def first_process_first():
+    """Let process 0 go through the block before the others, so that it does the work and tells of the errors."""
+    if rank():
+        summed(torch.zeros(1))
+    yield
+    if not rank():
+        summed(torch.zeros(1))
 
 
 # Photos
@@ -137,14 +196,24 @@ def build_cache(paths, cache):
             tqdm.write(f"Skipped: {error}")
             return b""
 
-    bar = tqdm(total=len(paths), desc="Reading photos", unit="photo", leave=False, disable=None)
-    with atomic_write(cache) as partial, open(partial, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool, bar:
-        for start in range(0, len(paths), 512):  # a window, so that decoded photos never pile up in memory
-            for photo in pool.map(decode, paths[start : start + 512]):
-                file.write(photo)
-                bar.update()
+    photos = ahead(decode, paths, threads=os.cpu_count(), most=256)
+    bar = tqdm(photos, "Reading photos", len(paths), unit="photo", leave=False, disable=None)
+    with atomic_write(cache) as partial, open(partial, "wb") as file:
+        file.writelines(bar)
         if not file.tell():
             raise UserError(f"None of the {len(paths)} files in {DATA} can be read as a photo.")
+
+
+def ahead(function, items, threads, most):
+    """Yield function(item) for each item, in order, from threads that are at most so many items ahead of the taker."""
+    with ThreadPoolExecutor(threads) as pool:
+        futures = collections.deque()
+        for item in items:
+            futures.append(pool.submit(function, item))
+            if len(futures) > most:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
 
 
 def split_photos(count):
@@ -154,9 +223,19 @@ def split_photos(count):
     return indices[held_out:], indices[:held_out]
 
 
-def load_batch(photos, indices, device):
-    """Photos at `indices`, uint8 (N, H, W, C) -> images (B, C, H, W) in [0, 1] on `device`, channels last in memory."""
-    return photos[indices].to(device).permute(0, 3, 1, 2).float().div_(255)
+def load_batches(photos, batches, device):
+    """Yield the photos, of uint8 (N, H, W, C), at each of `batches`, lists of indices, as images on `device`.
+
+    Images are (B, C, H, W) in [0, 1], channels last in memory. Photos that are mapped from a file are gathered one
+    batch ahead by a thread, for the disk may be slow; NumPy does that, as PyTorch's threads are busy with the model.
+    """
+
+    def gather(batch):
+        rows = torch.from_numpy(photos.numpy()[batch.numpy()])
+        return rows.pin_memory() if device.type == "cuda" else rows
+
+    for rows in map(photos.__getitem__, batches) if photos.is_cuda else ahead(gather, batches, threads=1, most=1):
+        yield rows.to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
 
 
 def mirror_half(images):
@@ -193,6 +272,17 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=AMP and has_bfloat16(device.type))
 
 
+def reuse_freed_memory():
+    """Have the C library keep freed memory for the next step instead of handing it back to the system.
+
+    Getting it again, page by page, takes a quarter of a step on a CPU. Only glibc has such a switch (man mallopt).
+    """
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        library.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
 def compiled(model, device, batch_size):
     """Return `model` compiled as COMPILE asks, or as it is where compiling fails; both share their weights."""
     if COMPILE == "no" or (COMPILE == "auto" and device.type != "cuda"):
@@ -203,6 +293,8 @@ def compiled(model, device, batch_size):
         with autocast(device):
             recon, mu, log_var = network(images.to(memory_format=torch.channels_last))
         (recon.sum() + mu.sum() + log_var.sum()).backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # no C++ compiler, no Triton, an unsupported platform: all of them only cost speed
         print(f"Compiling the model fails here ({type(error).__name__}), so it runs uncompiled.")
         network = model
@@ -211,10 +303,22 @@ def compiled(model, device, batch_size):
     return network
 
 
-def train_step(network, optimizer, images, step, progress):
-    """Take one step on images (B, C, H, W); return the sums over them of loss, reconstruction, KL and 1, (4,)."""
-    # Flips and latent noise depend on the step alone, so that a run can resume anywhere
-    torch.manual_seed(seed_of(b"step", step))
+def parallel(network):
+    """Return `network` so that its gradients are the mean over all processes."""
+    if processes() == 1:
+        return network
+    with warnings.catch_warnings():  # torch 2.15 would like another name for broadcast_buffers, which 2.11 has not
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def train_step(network, optimizer, images, count, step, progress):
+    """Take one step on images (B, C, H, W), this process's share of a batch of `count` photos.
+
+    Returns the sums over the images of loss, reconstruction, KL and 1, (4,).
+    """
+    # Flips and latent noise depend on step and process alone, so that a run can resume anywhere
+    torch.manual_seed(seed_of(b"step", step, rank()))
     images = mirror_half(images) if FLIP else images
     with autocast(images.device):
         recon, mu, log_var = network(images)
@@ -224,7 +328,7 @@ def train_step(network, optimizer, images, step, progress):
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(progress)
     optimizer.zero_grad()
-    losses.mean().backward()
+    (losses.sum() * (processes() / count)).backward()  # the mean over processes of this is the mean over the batch
     optimizer.step()
     return torch.stack([losses, reconstruction, kl, torch.ones_like(kl)]).detach().sum(1)
 
@@ -234,17 +338,22 @@ def train_epoch(network, optimizer, photos, train_set, run, stopping):
     network.train()
     order = np.random.default_rng(seed_of(b"order", run["epoch"])).permutation(len(train_set))
     shuffled = train_set[torch.from_numpy(order).to(train_set.device)]
-    batches = [batch for batch in shuffled.split(BATCH_SIZE) if len(batch) > 1]  # BatchNorm needs two photos
+    batches = [batch for batch in shuffled.split(BATCH_SIZE) if len(batch) >= 2 * processes()]  # BatchNorm needs two
+    device = next(network.parameters()).device
+    sums = run["sums"].to(device) * (rank() == 0)  # those of all processes, from before the run was stopped
+
     first, start = run["step"], time.perf_counter()
-    with tqdm(batches[first:], f"Epoch {run['epoch'] + 1}/{EPOCHS}", unit="step", leave=False, disable=None) as bar:
-        for batch in bar:
-            if stopping:
+    images_of_steps = load_batches(photos, map(share, batches[first:]), device)
+    quiet = rank() > 0 or None  # None: where there is no terminal
+    with tqdm(batches[first:], f"Epoch {run['epoch'] + 1}/{EPOCHS}", unit="step", leave=False, disable=quiet) as bar:
+        for batch, images in zip(bar, images_of_steps, strict=True):
+            if stopping():
                 break
             step = run["epoch"] * len(batches) + run["step"]
-            images = load_batch(photos, batch, run["sums"].device)
-            run["sums"] += train_step(network, optimizer, images, step, (step + 0.5) / (EPOCHS * len(batches)))
+            progress = (step + 0.5) / (EPOCHS * len(batches))
+            sums += train_step(network, optimizer, images, len(batch), step, progress)
             run["step"] += 1
-    run["sums"].tolist()  # waits for the GPU to be done
+    run["sums"] = summed(sums)  # waits for the GPU to be done
     return sum(map(len, batches[first : run["step"]])) / (time.perf_counter() - start)
 
 
@@ -252,15 +361,14 @@ def train_epoch(network, optimizer, photos, train_set, run, stopping):
 def evaluate(model, photos, val_set, device):
     """Return the figures of the validation photos, each reconstructed from z = mu, as a dict of floats."""
     losses = []
-    for batch in val_set.split(BATCH_SIZE):
-        images = load_batch(photos, batch, device)
+    for images in load_batches(photos, share(val_set).split(BATCH_SIZE // processes()), device):
         with autocast(device):
             mu, log_var = model.encode(images)
             recon = model.decode(mu)
         error = reconstruction_loss(recon, images, "mse")
         own = reconstruction_loss(recon, images, "bce") if RECONSTRUCTION == "bce" else error
-        losses.append(torch.stack([error, own, kl_divergence(mu, log_var)]))
-    squared_error, reconstruction, kl = torch.cat(losses, dim=1).cpu().double()
+        losses.append(torch.stack([error, own, kl_divergence(mu, log_var)], dim=1))
+    squared_error, reconstruction, kl = gathered(torch.cat(losses), len(val_set)).double().T
     pixels = math.prod(images.shape[1:])
     if RECONSTRUCTION == "sigma":  # one variance for all photos, so that the figure does not depend on batches
         reconstruction = calibrated_nll(squared_error, pixels)
@@ -276,12 +384,12 @@ def evaluate(model, photos, val_set, device):
 @torch.inference_mode()
 def fit_prior(model, photos, train_set, device):
     """Fit the model's prior to the codes of at most 16,384 photos of the training split."""
-    codes = []
-    for batch in train_set[:16384].split(BATCH_SIZE):
+    codes, chosen = [], train_set[:16384]
+    for images in load_batches(photos, share(chosen).split(BATCH_SIZE // processes()), device):
         with autocast(device):
-            codes.append(model.encode(load_batch(photos, batch, device)))
+            codes.append(torch.stack(model.encode(images), dim=1))
     try:
-        model.fit_prior(*map(torch.cat, zip(*codes, strict=True)))
+        model.fit_prior(*gathered(torch.cat(codes), len(chosen)).unbind(1))
     except torch.linalg.LinAlgError:
         raise UserError("The latent codes grew out of bounds: start again with a lower LEARNING_RATE.") from None
 
@@ -289,24 +397,27 @@ def fit_prior(model, photos, train_set, device):
 # What a run leaves behind
 def finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, speed):
     """Validate, fit the prior and write the files of an epoch, last.pth last: all it tells of is then there."""
-    device, epoch, out = run["sums"].device, run["epoch"] + 1, Path(OUTPUT_DIR)
+    device, epoch, out = model.latent_mean.device, run["epoch"] + 1, Path(OUTPUT_DIR)
     *sums, seen = run["sums"].tolist()
     if not all(map(math.isfinite, sums)):
         raise UserError(f"The loss left the numbers in epoch {epoch}: start again with a lower LEARNING_RATE.")
+    if processes() > 1:  # on CPUs each has seen other photos, and the checkpoint will hold the buffers of process 0
+        for buffer in model.buffers():
+            distributed.broadcast(buffer, 0)
     model.eval()
     row = {"epoch": epoch, "train_loss": sums[0] / seen, "train_reconstruction": sums[1] / seen}
     row |= {"train_kl": sums[2] / seen} | evaluate(model, photos, val_set, device) | {"images_per_second": speed}
     fit_prior(model, photos, train_set, device)
-
     best = row["val_loss"] < min((earlier["val_loss"] for earlier in run["history"]), default=math.inf)
-    if best:
-        keep_previous(checkpoint_path(), run["id"])
-        save_checkpoint(checkpoint_path(), model, run=run["id"], constants=settings, **row)
-    run |= {"epoch": epoch, "step": 0, "sums": torch.zeros_like(run["sums"]), "history": [*run["history"], row]}
-    save_pictures(model, load_batch(photos, val_set[:8], device), out / f"progress/epoch_{epoch:02d}")
-    save_history(run["history"], out / "history.csv")
-    plot_history(run["history"], out / "loss_curves.png")
-    save_last(model, optimizer, run, settings)
+    run |= {"epoch": epoch, "step": 0, "sums": torch.zeros(4), "history": [*run["history"], row]}
+    if rank() == 0:
+        if best:
+            keep_previous(checkpoint_path(), run["id"])
+            save_checkpoint(checkpoint_path(), model, run=run["id"], constants=settings, **row)
+        save_pictures(model, next(load_batches(photos, [val_set[:8]], device)), out / f"progress/epoch_{epoch:02d}")
+        save_history(run["history"], out / "history.csv")
+        plot_history(run["history"], out / "loss_curves.png")
+        save_last(model, optimizer, run, settings)
     print(epoch_line(row, best), flush=True)
 
 
@@ -394,7 +505,8 @@ def plot_history(history, path):
 def check_settings():
     """Raise UserError for a constant that cannot be."""
     require(EPOCHS >= 1, "EPOCHS", EPOCHS, "at least 1")
-    require(BATCH_SIZE >= 2, "BATCH_SIZE", BATCH_SIZE, "at least 2")
+    wanted = "at least 2" + f" for each of the {processes()} processes, and a multiple of them" * (processes() > 1)
+    require(BATCH_SIZE // processes() >= 2 and BATCH_SIZE % processes() == 0, "BATCH_SIZE", BATCH_SIZE, wanted)
     require(0 < LEARNING_RATE < math.inf, "LEARNING_RATE", LEARNING_RATE, "a positive number")
     require(RECONSTRUCTION in ("mse", "bce", "sigma"), "RECONSTRUCTION", RECONSTRUCTION, '"mse", "bce" or "sigma"')
     require(0 <= BETA < math.inf, "BETA", BETA, "a number that is not negative")
@@ -407,6 +519,12 @@ def check_settings():
         raise UserError(
             f"There is no {last_path()} to resume from: start without --resume, or name its --output-dir.", 2
         )
+
+
+def check_processes(trained):
+    """Raise UserError where so many photos to train on, or the GPUs of this machine, do not go round."""
+    if trained < 2 * processes():
+        raise UserError(f"There are {trained} photos to train on, too few for {processes()} processes: start fewer.", 2)
 
 
 def prepare_output():
@@ -447,7 +565,8 @@ def describe_run(model, device, run, train_set, val_set):
     precision = "bfloat16" if AMP and has_bfloat16(device.type) else "float32"
     print(f"Split       {len(train_set):,} to train on in batches of {batch}, {len(val_set):,} to validate on")
     print(f"Model       {IMAGE_SIZE}x{IMAGE_SIZE}x{CHANNELS}, latent {LATENT_DIM}, {parameters:,} parameters")
-    print(f"Device      {device} ({name}), {precision}")
+    number = f"{processes()} processes, each on " if processes() > 1 else ""
+    print(f"Device      {number}{device} ({name}), {precision}")
     if RESUME:
         print(f"Resuming    after epoch {run['epoch']} of {EPOCHS} and {run['step']} steps of the next")
     sys.stdout.flush()  # an epoch may take hours, and a log file should tell of it from the start
@@ -455,8 +574,9 @@ def describe_run(model, device, run, train_set, val_set):
 
 def resume_command(argv):
     """Return the command line that goes on with the run that these flags (None: those of the process) started."""
-    flags = sys.argv[1:] if argv is None else argv
-    return shlex.join(["python", "train.py", *(flag for flag in flags if flag != "--resume"), "--resume"])
+    flags = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--resume"]
+    start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if processes() > 1 else ["python"]
+    return shlex.join([*start, "train.py", *flags, "--resume"])
 
 
 def describe_result(run):
@@ -471,7 +591,7 @@ def describe_result(run):
 
 @contextmanager
 def stop_requests():
-    """Yield a list that the first Ctrl-C or SIGTERM puts its number into; the second one acts at once, as ever."""
+    """Yield a function that tells whether a process got a Ctrl-C or SIGTERM, and which; a second one acts at once."""
     received = []
 
     def restore():
@@ -481,46 +601,74 @@ def stop_requests():
     def receive(number, frame):
         received.append(number)
         restore()
-        print("\nStopping after this step; once more stops at once.", file=sys.stderr)
+        if rank() == 0:
+            print("\nStopping after this step; once more stops at once.", file=sys.stderr)
+
+    def wanted():
+        """The signal that came, or 0; all processes get the same answer, so that they stop at the same step."""
+        signals = torch.zeros(64)
+        signals[received] = 1
+        return summed(signals).argmax().item()
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield received
+        yield wanted
     finally:
         restore()
+
+
+@contextmanager
+def sentences():
+    """Turn what PyTorch raises where memory runs out, or another process has ended, into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            what = f"A batch of {BATCH_SIZE // processes()} photos needs more memory than there is"
+            raise UserError(f"{what}: lower BATCH_SIZE, which is {BATCH_SIZE}, or IMAGE_SIZE.") from None
+        if processes() > 1 and "onnection" in str(error):
+            raise UserError("Another process of the run has ended; --resume goes on after the last epoch.") from None
+        raise
 
 
 @script
 def main(argv=None):
     """Train from the first step, or from where an interrupted run stopped, to the last."""
-    settings = override_constants(globals(), argv)
-    check_settings()
-    device = pick_device(DEVICE)
+    reuse_freed_memory()
+    join_processes()
+    with first_process_first():
+        settings = override_constants(globals(), argv)
+        check_settings()
+        device = pick_device(DEVICE)
 
     # Model and optimizer
     torch.manual_seed(seed_of(b"init"))
     model = VAE(IMAGE_SIZE, CHANNELS, HIDDEN_DIMS, LATENT_DIM).to(device, memory_format=torch.channels_last)
+    if processes() > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
 
     # Photos, split and the state of the run
-    paths, names = find_photos()
-    prepare_output()
-    photos = load_photos(paths, names, device)
-    train_set, val_set = (part.to(photos.device) for part in split_photos(len(photos)))
-    photos_id = f"{len(photos)} photos ({digest(names)})"
-    run = resume_run(model, optimizer, settings, photos_id) if RESUME else new_run(photos_id)
-    run["sums"] = run["sums"].to(device)
+    with first_process_first():
+        paths, names = find_photos()
+        prepare_output()
+        photos = load_photos(paths, names, device)
+        train_set, val_set = (part.to(photos.device) for part in split_photos(len(photos)))
+        check_processes(len(train_set))
+        photos_id = f"{len(photos)} photos ({digest(names)})"
+        run = resume_run(model, optimizer, settings, photos_id) if RESUME else new_run(photos_id)
     describe_run(model, device, run, train_set, val_set)
 
     # Epochs
-    network = compiled(model, device, min(BATCH_SIZE, len(train_set)))
-    with stop_requests() as stopping:
+    with sentences(), stop_requests() as stopping:
+        network = parallel(compiled(model, device, min(BATCH_SIZE, len(train_set)) // processes()))
         while run["epoch"] < EPOCHS:
             speed = train_epoch(network, optimizer, photos, train_set, run, stopping)
-            if stopping:
-                save_last(model, optimizer, run, settings)
-                print(f"Stopped in epoch {run['epoch'] + 1}. To go on: {resume_command(argv)}")
-                raise SystemExit(128 + stopping[0])
+            if number := stopping():
+                if rank() == 0:
+                    save_last(model, optimizer, run, settings)
+                print(f"Stopped in epoch {run['epoch'] + 1}. To go on: {resume_command(argv)}", flush=True)
+                raise SystemExit(128 + number)
             finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, speed)
     describe_result(run)
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, SMALL, draw_face, draw_faces
 from PIL import Image
 
@@ -53,3 +54,19 @@ def test_ctrl_c_saves_the_run(tmp_path):
     said, complaints = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in said and "Traceback" not in complaints
     assert (tmp_path / "checkpoints_best/last.pth").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory that is kept")
+def test_a_batch_too_large_for_the_memory(tmp_path):
+    draw_faces(tmp_path / "faces", 64)
+    program = f"""
+import re, resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+size = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (size + 10**9, size + 10**9))
+train.main("--data faces --batch-size 60 --device cpu".split())
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "A batch of 60 photos needs more memory than there is: lower BATCH_SIZE" in done.stderr

@@ -94,10 +94,21 @@ def test_split_is_disjoint_and_drawn_by_the_seed():
 
 
 def test_batches_are_images_in_channels_last():
-    photos = torch.randint(0, 256, (5, 8, 6, 3), dtype=torch.uint8)
-    images = train.load_batch(photos, torch.tensor([4, 0]), CPU)
-    torch.testing.assert_close(images, photos[[4, 0]].permute(0, 3, 1, 2) / 255)
-    assert images.is_contiguous(memory_format=torch.channels_last) and images.dtype == torch.float32
+    photos = torch.randint(0, 256, (50, 8, 6, 3), dtype=torch.uint8)
+    batches = torch.randperm(50).split(4)
+    for batch, images in zip(batches, train.load_batches(photos, batches, CPU), strict=True):
+        torch.testing.assert_close(images, photos[batch].permute(0, 3, 1, 2) / 255)
+        assert images.is_contiguous(memory_format=torch.channels_last) and images.dtype == torch.float32
+
+
+def test_work_ahead_comes_in_order_and_never_runs_away():
+    started, taken = [], []
+    for result in train.ahead(lambda item: started.append(item) or -item, range(40), threads=3, most=5):
+        taken.append(result)
+        assert len(started) - len(taken) <= 5
+    assert taken == [-item for item in range(40)] and sorted(started) == list(range(40))
+    with pytest.raises(ZeroDivisionError):
+        list(train.ahead(lambda item: 1 / item, [1, 0, 1], threads=1, most=1))
 
 
 def test_about_half_of_the_images_are_mirrored():
@@ -127,14 +138,15 @@ def test_kl_weight():
 
 
 # Steps
-@pytest.mark.parametrize(("kind", "flip"), [("mse", True), ("bce", False), ("sigma", True)])
-def test_a_step_is_that_of_the_formulas(kind, flip):
+@pytest.mark.parametrize(("kind", "flip", "count"), [("mse", True, 6), ("bce", False, 6), ("sigma", True, 11)])
+def test_a_step_is_that_of_the_formulas(kind, flip, count, monkeypatch):
     train.RECONSTRUCTION, train.FLIP, train.EPOCHS, train.KL_WARMUP_EPOCHS, train.AMP = kind, flip, 10, 5.0, False
     model, images, step, progress = vae.VAE(16, 1, [4], 3), torch.rand(6, 1, 16, 16), 77, 0.25
     other = copy.deepcopy(model)
-    sums = train.train_step(model, torch.optim.SGD(model.parameters(), lr=123.0), images, step, progress)
+    monkeypatch.setattr(train, "processes", lambda: math.ceil(count / 6))  # the others have the rest of the batch
+    sums = train.train_step(model, torch.optim.SGD(model.parameters(), lr=123.0), images, count, step, progress)
 
-    torch.manual_seed(train.seed_of(b"step", step))
+    torch.manual_seed(train.seed_of(b"step", step, 0))
     if flip:
         mirrored = torch.rand(6, 1, 1, 1) < 0.5
         assert 0 < mirrored.sum() < 6
@@ -143,11 +155,12 @@ def test_a_step_is_that_of_the_formulas(kind, flip):
     recon = other.decode(mu + torch.exp(log_var / 2) * torch.randn_like(mu))
     reconstruction, kl = vae.reconstruction_loss(recon, images, kind), vae.kl_divergence(mu, log_var)
     loss = reconstruction + 0.5 * (1 if kind == "sigma" else 0.132) * kl
-    loss.mean().backward()
+    (loss.sum() / count * math.ceil(count / 6)).backward()
     torch.testing.assert_close(sums, torch.stack([loss.sum(), reconstruction.sum(), kl.sum(), torch.tensor(6.0)]))
     for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
+        gradient = 0 if two.grad is None else two.grad
         torch.testing.assert_close(
-            one, two - train.learning_rate(progress) * two.grad, msg=lambda m, n=name: f"{n}: {m}"
+            one, two - train.learning_rate(progress) * gradient, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -156,7 +169,8 @@ def test_steps_of_a_run(tmp_path, monkeypatch):
     draw_faces(tmp_path / "faces", 21)  # 1 to validate on, so 20 in batches of 8, 8 and 4
     calls = []
 
-    def record(network, optimizer, images, step, progress):
+    def record(network, optimizer, images, count, step, progress):
+        assert count == len(images)
         calls.append((step, progress, [hash(image.numpy().tobytes()) for image in images.contiguous()]))
         for tensor in (images, network.encoder[1][0].weight):
             assert network.training and tensor.is_contiguous(memory_format=torch.channels_last)
@@ -364,10 +378,10 @@ class Interrupt:
     def __init__(self, at, number):
         self.step, self.at, self.number = train.train_step, at, number
 
-    def __call__(self, network, optimizer, images, step, progress):
+    def __call__(self, network, optimizer, images, count, step, progress):
         if step == self.at:
             os.kill(os.getpid(), self.number)
-        return self.step(network, optimizer, images, step, progress)
+        return self.step(network, optimizer, images, count, step, progress)
 
 
 @pytest.mark.parametrize(("at", "number"), [(0, 2), (4, 2), (7, signal.SIGTERM), (12, 2), (19, 2)])
@@ -391,7 +405,7 @@ def test_a_stopped_run_goes_on_as_if_it_never_stopped(workplace, monkeypatch, ca
 def test_the_second_ctrl_c_acts_at_once():
     with pytest.raises(KeyboardInterrupt), train.stop_requests() as stopping:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stopping == [signal.SIGINT]
+        assert stopping() == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -426,7 +440,7 @@ def test_a_run_knows_its_photos_by_any_name_of_their_folder_and_never_learns_fro
         patch.setattr(train, "train_step", Interrupt(7, signal.SIGINT))
         main("--data", ".", *SMALL, "--epochs", "2", "--output-dir", "out")
     main("--data", str(workplace / "faces"), *SMALL, "--epochs", "2", "--output-dir", "out", "--resume")
-    assert same_weights("out/last.pth", "out/vae_model_2.pth")
+    assert vae.load_checkpoint("out/last.pth")[1]["state"]["epoch"] == 2
 
 
 def test_nothing_to_resume(workplace, capsys):
@@ -518,6 +532,16 @@ def test_codes_that_explode_end_with_a_sentence():
     model.fc_mu.weight.data *= 1e12
     with pytest.raises(vae.UserError, match="lower LEARNING_RATE"):
         train.fit_prior(model, photos, torch.arange(5), CPU)
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])
+def test_memory_that_runs_out_ends_with_a_sentence(message, workplace, monkeypatch, capsys):
+    def step(*_):
+        raise torch.OutOfMemoryError(message) if "CUDA" in message else RuntimeError(message)
+
+    monkeypatch.setattr(train, "train_step", step)
+    code, said = refusal(run, capsys, "--epochs", "1")
+    assert code == 1 and "lower BATCH_SIZE, which is 8" in said
 
 
 @pytest.mark.parametrize("flags", ["--epoch 3", "--epochs many", "--amp yes", "--hidden-dims", "more"])

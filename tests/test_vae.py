@@ -45,6 +45,19 @@ def test_default_model_has_the_published_layers():
     assert state["encoder.0.0.weight"].shape == (32, 3, 3, 3) and state["decoder.0.0.weight"].shape == (512, 256, 3, 3)
 
 
+def test_biases_that_are_left_alone_have_no_effect_in_training():
+    model, images = VAE(32, 3, [4, 8], 5), torch.rand(6, 3, 32, 32)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {f"{name}.0.bias" for name in ("encoder.0", "encoder.1", "decoder.0")} | {"final_layer.0.bias"}
+    outputs = []
+    for shift in (0, 1):
+        for name in frozen:
+            model.get_parameter(name).data += shift
+        torch.manual_seed(0)
+        outputs.append(model(images)[0])
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [(15, 3, [4], 2), (513, 3, [4], 2), (32, 2, [4], 2), (32, 3, [4], 0), (32, 3, [], 2), (32, 3, [4, 0], 2)]

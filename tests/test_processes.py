@@ -1,0 +1,154 @@
+"""Several processes: torchrun starts two on the CPU, which train one model together."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, draw_faces
+
+import train
+import vae
+
+# Trains as train.py does, and leaves a file of what this process has seen and learned in every epoch
+RECORDER = """
+import torch
+import train
+
+seen, epochs, step, finish = [], [], train.train_step, train.finish_epoch
+
+def train_step(network, optimizer, images, count, *more):
+    seen.append((count, [image.sum().item() for image in images.double()]))
+    return step(network, optimizer, images, count, *more)
+
+def finish_epoch(model, *more):
+    finish(model, *more)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    epochs.append((list(seen), state))
+    torch.save(epochs, f"{train.OUTPUT_DIR}/{train.rank()}.pt")
+    seen.clear()
+
+train.train_step, train.finish_epoch = train_step, finish_epoch
+train.main()
+"""
+RUN = [*SMALL, "--data", "faces", "--epochs", "3"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with 36 faces, 34 of them to train on: batches of 8, 8, 8, 8 and 2, the last too small for two."""
+    folder = tmp_path_factory.mktemp("processes")
+    draw_faces(folder / "faces", 36)
+    (folder / "recorder.py").write_text(RECORDER)
+    return folder
+
+
+def start(folder, count, *command):
+    """Start a script in so many processes; return the Popen of all of them."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *launcher, *command], cwd=folder, env=environment, **pipes)
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """What one process and two have seen and learned: lists of epochs, and what was printed."""
+    said = []
+    for count in (1, 2):
+        process = start(folder, count, "recorder.py", *RUN, "--output-dir", f"by {count}")
+        said.append(process.communicate(timeout=100)[0])
+        assert process.returncode == 0
+    names = ("by 1/0.pt", "by 2/0.pt", "by 2/1.pt")
+    return *(torch.load(folder / name) for name in names), said
+
+
+def test_two_processes_see_the_photos_in_the_order_of_one(runs):
+    alone, first, second, _ = runs
+    for (steps, _), (one, _), (other, _) in zip(alone, first, second, strict=True):
+        together = [(count, left + right) for (count, left), (_, right) in zip(one, other, strict=True)]
+        assert together == steps[: len(together)] and len(steps) - len(together) == 1
+        assert [count for count, _ in together] == [8] * 4 and {len(left) for _, left in one} == {4}
+
+
+def test_two_processes_have_the_same_weights_after_every_epoch(runs):
+    _, first, second, _ = runs
+    for (_, one), (_, other) in zip(first, second, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.equal(first[0][1]["fc_mu.weight"], first[1][1]["fc_mu.weight"])
+
+
+def test_validation_and_prior_are_those_of_the_saved_file(runs, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    model, info = vae.load_checkpoint("by 2/vae_model_3.pth")
+    vars(train).update(info["constants"])
+    photos = train.load_photos(*train.find_photos(), torch.device("cpu"))
+    train_set, val_set = train.split_photos(len(photos))
+    figures = train.evaluate(model, photos, val_set, torch.device("cpu"))
+    assert figures == pytest.approx({name: info[name] for name in figures}, rel=1e-6)
+    scale = model.latent_scale.clone()
+    train.fit_prior(model, photos, train_set, torch.device("cpu"))
+    torch.testing.assert_close(scale, model.latent_scale, rtol=1e-3, atol=1e-4)
+
+
+def test_process_0_alone_prints(runs):
+    alone, together = (said.splitlines() for said in runs[-1])
+    assert len(alone) == len(together) == 10 and "2 processes, each on cpu" in together[3]
+
+
+def test_shares_are_consecutive_and_come_together_again(monkeypatch):
+    rows, parts = torch.randn(7, 2), []
+    monkeypatch.setattr(train, "processes", lambda: 3)
+    for number in range(3):
+        monkeypatch.setattr(train, "rank", lambda number=number: number)
+        monkeypatch.setattr(train, "summed", lambda tensor: tensor)
+        parts.append(train.gathered(train.share(rows), 7))
+    assert torch.equal(sum(parts), rows)
+
+
+def test_a_stopped_run_of_two_goes_on_as_if_it_never_stopped(folder):
+    flags = [*SMALL, "--data", "faces", "--epochs", "12"]
+    whole = start(folder, 2, ROOT / "train.py", *flags, "--output-dir", "whole")
+    assert whole.wait(timeout=100) == 0
+    process = start(folder, 2, ROOT / "train.py", *flags, "--output-dir", "parts")
+    while "Epoch  3/" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    said, complaints = process.communicate(timeout=60)
+    assert "To go on: torchrun --nproc-per-node 2 train.py" in said
+    assert complaints.count("Stopping after this step") == 1
+    again = start(folder, 2, ROOT / "train.py", *flags, "--output-dir", "parts", "--resume")
+    assert again.wait(timeout=100) == 0
+    states = [vae.load_checkpoint(folder / name / "last.pth")[0].state_dict() for name in ("whole", "parts")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
+def test_a_process_that_dies_ends_the_run_with_a_message(folder):
+    flags = [*SMALL, "--data", "faces", "--epochs", "100000"]
+    process = start(folder, 2, ROOT / "train.py", *flags, "--output-dir", "dying")
+    while "Epoch  3/" not in process.stdout.readline():
+        assert process.poll() is None
+    children = f"/proc/{process.pid}/task/{process.pid}/children"
+    with open(children) as file:
+        os.kill(int(file.read().split()[-1]), signal.SIGKILL)
+    _, complaints = process.communicate(timeout=60)
+    assert process.returncode != 0 and "Another process of the run has ended; --resume goes on" in complaints
+    assert vae.load_checkpoint(folder / "dying/last.pth")[1]["state"]["epoch"] >= 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--batch-size", "9"], "BATCH_SIZE is 9: it must be at least 2 for each of the 2 processes, and a multiple"),
+        (["--batch-size", "2"], "BATCH_SIZE is 2: it must be at least 2 for each of the 2 processes"),
+        (["--data", "nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_what_cannot_be_is_said_once(folder, flags, sentence):
+    process = start(folder, 2, ROOT / "train.py", *RUN, *flags)
+    said, complaints = process.communicate(timeout=60)
+    assert process.returncode != 0 and said == "" and complaints.count("train.py: ") == 1 and sentence in complaints
