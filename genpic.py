@@ -53,8 +53,8 @@ def photo_paths():
 
 def load_photo(model, path):
     """Read a photo as the model was trained to see it: (1, C, H, W) in [0, 1], on its device."""
-    transform = celeb_transforms(model.config["image_size"])[0]
-    return transform(read_image(path, model.config["channels"]))[None].to(model.latent_mean.device)
+    size, channels = model.config["image_size"], model.config["channels"]
+    return celeb_transforms(size)[0](read_image(path, channels, size))[None].to(model.latent_mean.device)
 
 
 def readable_photos(model):

@@ -9,7 +9,6 @@ Writes checkpoints_best/vae_model_20.pth (the best weights, for genpic.py), last
 loss_curves.png and progress/ with pictures of every epoch.
 """
 
-import collections
 import copy
 import csv
 import ctypes
@@ -34,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import distributed, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from vae import (
@@ -185,35 +185,76 @@ def cache_path(paths, names):
     return Path(f"data/cache/{IMAGE_SIZE}x{IMAGE_SIZE}x{CHANNELS}-{digest(lines)}.u8")
 
 
+class Decoder(Dataset):
+    """Decodes photos: item k scales and crops photo k into row k of a file, and is None or the error that it met."""
+
+    def __init__(self, paths, file):
+        self.paths, self.file = paths, file
+        self.crop, self.form = celeb_transforms(IMAGE_SIZE)[1], (CHANNELS, IMAGE_SIZE)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, k):
+        try:
+            pixels = self.crop(read_image(self.paths[k], *self.form)).tobytes()
+            with open(self.file, "r+b") as file:
+                file.seek(k * len(pixels))
+                file.write(pixels)
+        except (UserError, OSError) as error:
+            return error
+
+
+def cores():
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def build_cache(paths, cache):
     """Decode, scale and crop every photo once, on all cores, into a file of uint8 (N, H, W, C)."""
-    crop = celeb_transforms(IMAGE_SIZE)[1]
-
-    def decode(path):
-        try:
-            return np.asarray(crop(read_image(path, CHANNELS))).tobytes()
-        except UserError as error:
-            tqdm.write(f"Skipped: {error}")
-            return b""
-
-    photos = ahead(decode, paths, threads=os.cpu_count(), most=256)
-    bar = tqdm(photos, "Reading photos", len(paths), unit="photo", leave=False, disable=None)
-    with atomic_write(cache) as partial, open(partial, "wb") as file:
-        file.writelines(bar)
-        if not file.tell():
+    workers = cores() if cores() > 1 and len(paths) > 256 else 0  # processes: for few photos they start too slowly
+    with atomic_write(cache) as partial:
+        partial.touch()
+        loader = DataLoader(Decoder(paths, partial), batch_size=16, num_workers=workers, collate_fn=list)
+        results = itertools.chain.from_iterable(loader)
+        bar = tqdm(results, "Reading photos", len(paths), unit="photo", leave=False, disable=None)
+        kept = [k for k, error in enumerate(bar) if readable(error)]
+        if not kept:
             raise UserError(f"None of the {len(paths)} files in {DATA} can be read as a photo.")
+        keep_rows(partial, kept, IMAGE_SIZE * IMAGE_SIZE * CHANNELS)
 
 
-def ahead(function, items, threads, most):
-    """Yield function(item) for each item, in order, from threads that are at most so many items ahead of the taker."""
-    with ThreadPoolExecutor(threads) as pool:
-        futures = collections.deque()
+def readable(error):
+    """Whether there was no error with a photo; print what is wrong with it. Raises the error of a file system."""
+    if isinstance(error, OSError):
+        raise error
+    if error:
+        tqdm.write(f"Skipped: {error}")
+    return not error
+
+
+def keep_rows(path, kept, size):
+    """Shorten a file of rows of `size` bytes to those with the numbers `kept`, which ascend."""
+    with open(path, "r+b") as file:
+        for place, k in enumerate(kept):
+            if place < k:
+                file.seek(k * size)
+                row = file.read(size)
+                file.seek(place * size)
+                file.write(row)
+        file.truncate(len(kept) * size)
+
+
+def ahead(function, items):
+    """Yield function(item) for each item, while a thread is at work on the next one."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = None
         for item in items:
-            futures.append(pool.submit(function, item))
-            if len(futures) > most:
-                yield futures.popleft().result()
-        while futures:
-            yield futures.popleft().result()
+            current, coming = coming, thread.submit(function, item)
+            if current:
+                yield current.result()
+        if coming:
+            yield coming.result()
 
 
 def split_photos(count):
@@ -234,7 +275,7 @@ def load_batches(photos, batches, device):
         rows = torch.from_numpy(photos.numpy()[batch.numpy()])
         return rows.pin_memory() if device.type == "cuda" else rows
 
-    for rows in map(photos.__getitem__, batches) if photos.is_cuda else ahead(gather, batches, threads=1, most=1):
+    for rows in map(photos.__getitem__, batches) if photos.is_cuda else ahead(gather, batches):
         yield rows.to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
 
 
@@ -281,6 +322,15 @@ def reuse_freed_memory():
         library = ctypes.CDLL("libc.so.6")
         library.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         library.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+def new_model(device):
+    """Return a model on `device`, its weights drawn by SEED, and its optimizer."""
+    torch.manual_seed(seed_of(b"init"))
+    model = VAE(IMAGE_SIZE, CHANNELS, HIDDEN_DIMS, LATENT_DIM).to(device, memory_format=torch.channels_last)
+    if processes() > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model, torch.optim.Adam(model.parameters(), fused=True)
 
 
 def compiled(model, device, batch_size):
@@ -640,13 +690,7 @@ def main(argv=None):
         settings = override_constants(globals(), argv)
         check_settings()
         device = pick_device(DEVICE)
-
-    # Model and optimizer
-    torch.manual_seed(seed_of(b"init"))
-    model = VAE(IMAGE_SIZE, CHANNELS, HIDDEN_DIMS, LATENT_DIM).to(device, memory_format=torch.channels_last)
-    if processes() > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    model, optimizer = new_model(device)
 
     # Photos, split and the state of the run
     with first_process_first():

@@ -215,13 +215,16 @@ def find_images(folder, without=None):
     return [Path(path) for path in sorted(found) if os.path.splitext(path)[1].lower() in endings]
 
 
-def read_image(path, channels=CHANNELS):
+def read_image(path, channels=CHANNELS, size=None):
     """Read a photo upright, as an RGB (3 channels) or grey (1 channel) PIL image, transparent areas over white.
 
-    Raises UserError where the file does not exist or is not an image that Pillow can decode to the end.
+    A large JPEG that is to be scaled down to `size` pixels is decoded at a half, quarter or eighth of its own size,
+    which stays four times `size` or more. Raises UserError where the file does not exist or cannot be decoded whole.
     """
     try:
         with Image.open(path, formats=image_formats()) as image:
+            if size:
+                image.draft(None, (4 * size, 4 * size))
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I") and np.asarray(image).max() > 255:  # 16 bits; convert() would clip them
                 image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))

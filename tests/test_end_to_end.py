@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SMALL, draw_face, draw_faces
+from conftest import ROOT, SMALL
+from faces import draw_face, draw_faces
 from PIL import Image
 
 

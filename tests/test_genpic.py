@@ -5,7 +5,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import TRAINED, draw_faces, refusal
+from conftest import TRAINED, refusal
+from faces import draw_faces
 from PIL import Image
 
 import genpic

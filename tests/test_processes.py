@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, draw_faces
+from conftest import ROOT, SMALL
+from faces import draw_faces
 
 import train
 import vae

@@ -5,11 +5,14 @@ import csv
 import math
 import os
 import signal
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, TRAINED, draw_faces, refusal
+from conftest import SMALL, TRAINED, refusal
+from faces import draw_faces
 from PIL import Image
 
 import train
@@ -62,8 +65,21 @@ def test_every_photo_of_a_large_folder_is_there_in_order(tmp_path, monkeypatch):
     (tmp_path / "many").mkdir()
     for number in range(600):
         Image.new("RGB", (16, 16), (number % 256, number // 256, 0)).save(tmp_path / f"many/{number:03d}.png")
+    broken = {0, 7, 300, 301, 599}
+    for number in broken:
+        (tmp_path / f"many/{number:03d}.png").write_bytes(b"")
     photos = load_photos("many", 16).long()
-    assert (photos[:, 3, 5, 0] + 256 * photos[:, 3, 5, 1]).tolist() == list(range(600))
+    assert (photos[:, 3, 5, 0] + 256 * photos[:, 3, 5, 1]).tolist() == sorted(set(range(600)) - broken)
+
+
+def test_a_cache_that_cannot_be_written_ends_with_a_sentence(workplace, monkeypatch, capsys):
+    def full(decoder, k):
+        return OSError(28, "No space left on device", "the cache")
+
+    monkeypatch.setattr(train.Decoder, "__getitem__", full)
+    draw_faces(workplace / "faces", 41)
+    assert refusal(run, capsys) == (1, f"{Path(sys.argv[0]).name}: [Errno 28] No space left on device: 'the cache'\n")
+    assert len(list(workplace.glob("data/cache/*"))) == 1
 
 
 def test_cache_follows_the_photos(tmp_path, monkeypatch):
@@ -103,12 +119,13 @@ def test_batches_are_images_in_channels_last():
 
 def test_work_ahead_comes_in_order_and_never_runs_away():
     started, taken = [], []
-    for result in train.ahead(lambda item: started.append(item) or -item, range(40), threads=3, most=5):
+    for result in train.ahead(lambda item: started.append(item) or -item, range(40)):
         taken.append(result)
-        assert len(started) - len(taken) <= 5
+        assert len(started) - len(taken) <= 1
     assert taken == [-item for item in range(40)] and sorted(started) == list(range(40))
     with pytest.raises(ZeroDivisionError):
-        list(train.ahead(lambda item: 1 / item, [1, 0, 1], threads=1, most=1))
+        list(train.ahead(lambda item: 1 / item, [1, 0, 1]))
+    assert not list(train.ahead(abs, []))
 
 
 def test_about_half_of_the_images_are_mirrored():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, draw_face
+from conftest import ROOT
+from faces import draw_face
 from PIL import Image
 from torch.distributions import Independent, Normal, kl_divergence
 
@@ -66,6 +67,17 @@ def test_biases_that_are_left_alone_have_no_effect_in_training():
 def test_arguments_that_make_no_model(arguments):
     with pytest.raises(ValueError, match=r"^[A-Z_]+ is .* it must be "):
         VAE(*arguments)
+
+
+def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path):
+    orientation = Image.Exif()
+    orientation[0x112] = 6  # the camera was turned
+    draw_face(5, size=(1600, 1400)).save(tmp_path / "face.jpg", exif=orientation)
+    whole, small = read_image(tmp_path / "face.jpg"), read_image(tmp_path / "face.jpg", 3, 32)
+    assert whole.size == (1400, 1600) and small.size == (175, 200)  # an eighth would do for 43 pixels
+    pixels = [vae.celeb_transforms(32)[0](image) for image in (whole, small)]
+    assert (pixels[0] - pixels[1]).abs().mean() < 1 / 255
+    assert read_image(tmp_path / "face.jpg", 3, 350).size == (1400, 1600)
 
 
 def test_network_computes_what_published_checkpoints_of_its_names_expect():
