@@ -213,10 +213,11 @@ def cores():
 def build_cache(paths, cache):
     """Decode, scale and crop every photo once, on all cores, into a file of uint8 (N, H, W, C)."""
     workers = cores() if cores() > 1 and len(paths) > 256 else 0  # processes: for few photos they start too slowly
+    context = "fork" if workers and sys.platform == "linux" else None  # elsewhere each has to import PyTorch first
     with atomic_write(cache) as partial:
         partial.touch()
-        loader = DataLoader(Decoder(paths, partial), batch_size=16, num_workers=workers, collate_fn=list)
-        results = itertools.chain.from_iterable(loader)
+        how = {"num_workers": workers, "multiprocessing_context": context, "collate_fn": list}
+        results = itertools.chain.from_iterable(DataLoader(Decoder(paths, partial), batch_size=64, **how))
         bar = tqdm(results, "Reading photos", len(paths), unit="photo", leave=False, disable=None)
         kept = [k for k, error in enumerate(bar) if readable(error)]
         if not kept:
