@@ -214,15 +214,26 @@ def build_cache(paths, cache):
     """Decode, scale and crop every photo once, on all cores, into a file of uint8 (N, H, W, C)."""
     workers = cores() if cores() > 1 and len(paths) > 256 else 0  # processes: for few photos they start too slowly
     context = "fork" if workers and sys.platform == "linux" else None  # elsewhere each has to import PyTorch first
+    size = IMAGE_SIZE * IMAGE_SIZE * CHANNELS
     with atomic_write(cache) as partial:
-        partial.touch()
+        reserve(partial, len(paths) * size)
         how = {"num_workers": workers, "multiprocessing_context": context, "collate_fn": list}
         results = itertools.chain.from_iterable(DataLoader(Decoder(paths, partial), batch_size=64, **how))
         bar = tqdm(results, "Reading photos", len(paths), unit="photo", leave=False, disable=None)
         kept = [k for k, error in enumerate(bar) if readable(error)]
         if not kept:
             raise UserError(f"None of the {len(paths)} files in {DATA} can be read as a photo.")
-        keep_rows(partial, kept, IMAGE_SIZE * IMAGE_SIZE * CHANNELS)
+        keep_rows(partial, kept, size)
+
+
+def reserve(path, size):
+    """Make a file with room for `size` bytes, where the system can; UserError where there is no such room."""
+    with open(path, "wb") as file, suppress(AttributeError):  # macOS and Windows have no such function
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)  # writing row by row is also faster then
+        except OSError as error:
+            room = f"{size / 1e6:,.0f} MB for the decoded photos"
+            raise UserError(f"There is no room in {path.parent} for {room} ({error.strerror}).") from None
 
 
 def readable(error):

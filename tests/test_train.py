@@ -6,7 +6,6 @@ import math
 import os
 import signal
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,14 +71,22 @@ def test_every_photo_of_a_large_folder_is_there_in_order(tmp_path, monkeypatch):
     assert (photos[:, 3, 5, 0] + 256 * photos[:, 3, 5, 1]).tolist() == sorted(set(range(600)) - broken)
 
 
-def test_a_cache_that_cannot_be_written_ends_with_a_sentence(workplace, monkeypatch, capsys):
-    def full(decoder, k):
-        return OSError(28, "No space left on device", "the cache")
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
+@pytest.mark.parametrize("reserving", [True, False])
+def test_a_cache_that_cannot_be_written_ends_with_a_sentence(workplace, monkeypatch, capsys, reserving):
+    import resource
 
-    monkeypatch.setattr(train.Decoder, "__getitem__", full)
     draw_faces(workplace / "faces", 41)
-    assert refusal(run, capsys) == (1, f"{Path(sys.argv[0]).name}: [Errno 28] No space left on device: 'the cache'\n")
-    assert len(list(workplace.glob("data/cache/*"))) == 1
+    before, limits = set(workplace.rglob("*")), resource.getrlimit(resource.RLIMIT_FSIZE)
+    if not reserving:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the photos take 126 kB
+    try:
+        code, said = refusal(run, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1 and ("no room in data/cache for 0 MB" if reserving else "File too large") in said
+    assert set(workplace.rglob("*")) == before | {workplace / "faces/face 040.jpg"}
 
 
 def test_cache_follows_the_photos(tmp_path, monkeypatch):
