@@ -285,7 +285,10 @@ def load_batches(photos, batches, device):
 
     def gather(batch):
         rows = torch.from_numpy(photos.numpy()[batch.numpy()])
-        return rows.pin_memory() if device.type == "cuda" else rows
+        if device.type != "cuda":
+            return rows
+        with torch.cuda.device(device):  # threads start on the first GPU
+            return rows.pin_memory()
 
     for rows in map(photos.__getitem__, batches) if photos.is_cuda else ahead(gather, batches):
         yield rows.to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
@@ -681,19 +684,24 @@ def stop_requests():
 
 @contextmanager
 def sentences():
-    """Turn what PyTorch raises where memory runs out, or another process has ended, into a UserError."""
+    """Turn what PyTorch raises where memory runs out, or a process has ended, into a UserError."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             what = f"A batch of {BATCH_SIZE // processes()} photos needs more memory than there is"
             raise UserError(f"{what}: lower BATCH_SIZE, which is {BATCH_SIZE}, or IMAGE_SIZE.") from None
+        if "DataLoader worker" in str(error):
+            raise UserError(
+                "A process that decodes photos was ended from outside, perhaps for want of memory."
+            ) from None
         if processes() > 1 and "onnection" in str(error):
             raise UserError("Another process of the run has ended; --resume goes on after the last epoch.") from None
         raise
 
 
 @script
+@sentences()
 def main(argv=None):
     """Train from the first step, or from where an interrupted run stopped, to the last."""
     reuse_freed_memory()
@@ -716,7 +724,7 @@ def main(argv=None):
     describe_run(model, device, run, train_set, val_set)
 
     # Epochs
-    with sentences(), stop_requests() as stopping:
+    with stop_requests() as stopping:
         network = parallel(compiled(model, device, min(BATCH_SIZE, len(train_set)) // processes()))
         while run["epoch"] < EPOCHS:
             speed = train_epoch(network, optimizer, photos, train_set, run, stopping)
