@@ -357,9 +357,11 @@ def script(main):
     Constants that flags change get their values back at the end, so that each call starts from those in the script.
     """
 
+    names = inspect.unwrap(main).__globals__  # main may have other decorators
+
     @functools.wraps(main)
     def run(argv=None):
-        constants = {name: value for name, value in main.__globals__.items() if name.isupper()}
+        constants = {name: value for name, value in names.items() if name.isupper()}
         try:
             main(argv)
         except KeyboardInterrupt:
@@ -368,7 +370,7 @@ def script(main):
             print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
             raise SystemExit(getattr(error, "code", 1)) from None
         finally:
-            main.__globals__.update(constants)
+            names.update(constants)
 
     return run
 

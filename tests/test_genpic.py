@@ -81,6 +81,11 @@ def test_variations_grid(workplace, capsys):
     assert len({picture.tobytes() for picture in variations}) == 10
 
 
+def test_flags_count_for_one_call(workplace):
+    run("--w", "0.5", "--mode", "sample")
+    assert (genpic.W, genpic.MODE, genpic.CHECKPOINT) == (0.01, "variations", "checkpoints_best/vae_model_20.pth")
+
+
 def test_w_0_shows_the_reconstruction_ten_times(workplace):
     run("--w", "0", "--output", "grid.png")
     _, reconstruction, *variations = tiles("grid.png", columns=6)

@@ -71,6 +71,15 @@ def test_every_photo_of_a_large_folder_is_there_in_order(tmp_path, monkeypatch):
     assert (photos[:, 3, 5, 0] + 256 * photos[:, 3, 5, 1]).tolist() == sorted(set(range(600)) - broken)
 
 
+def test_a_decoder_that_is_killed_ends_with_a_sentence(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(train.Decoder, "__getitem__", lambda decoder, k: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(train, "cores", lambda: 2)
+    draw_faces(workplace / "faces", 257)
+    code, said = refusal(run, capsys)
+    assert code == 1 and "A process that decodes photos was ended" in said
+    assert len(list(workplace.glob("data/cache/*"))) == 1
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
 @pytest.mark.parametrize("reserving", [True, False])
 def test_a_cache_that_cannot_be_written_ends_with_a_sentence(workplace, monkeypatch, capsys, reserving):
