@@ -136,7 +136,10 @@ def gathered(part, count):
 def first_process_first():
     """Let process 0 go through the block before the others, so that it does the work and tells of the errors."""
     if rank():
-        summed(torch.zeros(1))
+        try:
+            summed(torch.zeros(1))
+        except RuntimeError:  # process 0 has ended, and has told why
+            raise SystemExit(1) from None
     yield
     if not rank():
         summed(torch.zeros(1))
