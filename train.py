@@ -12,6 +12,7 @@ loss_curves.png and progress/ with pictures of every epoch.
 import copy
 import csv
 import ctypes
+import errno
 import functools
 import hashlib
 import itertools
@@ -170,8 +171,9 @@ def load_photos(paths, names, device):
     photos = torch.from_numpy(np.memmap(cache, np.uint8, mode="c").reshape(-1, IMAGE_SIZE, IMAGE_SIZE, CHANNELS))
     skipped = f" ({len(paths) - len(photos)} files skipped)" if len(paths) > len(photos) else ""
     print(f"Photos      {len(photos):,}{skipped}, kept as {cache} ({photos.nbytes / 1e6:,.0f} MB)")
-    if len(photos) < 3:
-        raise UserError(f"There are {len(photos)} readable photos: training and validation need at least 3.")
+    if len(photos) < 2 * processes() + 1:
+        needed = f"{2 * processes()} to train on and 1 to validate on"
+        raise UserError(f"There are {len(photos)} readable photos: a run needs at least {needed}.")
     fits = device.type == "cuda" and photos.nbytes < torch.cuda.mem_get_info(device)[0] / 2
     return photos.to(device) if fits else photos
 
@@ -217,16 +219,26 @@ def build_cache(paths, cache):
     """Decode, scale and crop every photo once, on all cores, into a file of uint8 (N, H, W, C)."""
     workers = cores() if cores() > 1 and len(paths) > 256 else 0  # processes: for few photos they start too slowly
     context = "fork" if workers and sys.platform == "linux" else None  # elsewhere each has to import PyTorch first
-    size = IMAGE_SIZE * IMAGE_SIZE * CHANNELS
+    how = {"batch_size": 64, "num_workers": workers, "multiprocessing_context": context, "collate_fn": list}
+    kept, size = [], IMAGE_SIZE * IMAGE_SIZE * CHANNELS
     with atomic_write(cache) as partial:
         reserve(partial, len(paths) * size)
-        how = {"num_workers": workers, "multiprocessing_context": context, "collate_fn": list}
-        results = itertools.chain.from_iterable(DataLoader(Decoder(paths, partial), batch_size=64, **how))
-        bar = tqdm(results, "Reading photos", len(paths), unit="photo", leave=False, disable=None)
-        kept = [k for k, error in enumerate(bar) if readable(error)]
+        errors = itertools.chain.from_iterable(DataLoader(Decoder(paths, partial), **how))
+        for k, error in enumerate(tqdm(errors, "Reading photos", len(paths), unit="photo", leave=False, disable=None)):
+            if isinstance(error, OSError):  # of the cache, not of the photo
+                raise error
+            if error:
+                tqdm.write(f"Skipped: {error}")
+            else:
+                kept.append(k)
         if not kept:
             raise UserError(f"None of the {len(paths)} files in {DATA} can be read as a photo.")
-        keep_rows(partial, kept, size)
+        if len(kept) < len(paths):  # close the gaps
+            rows = np.memmap(partial, np.uint8, "r+").reshape(-1, size)
+            for place, k in enumerate(kept):
+                rows[place] = rows[k]
+            del rows
+        os.truncate(partial, len(kept) * size)
 
 
 def reserve(path, size):
@@ -235,29 +247,9 @@ def reserve(path, size):
         try:
             os.posix_fallocate(file.fileno(), 0, size)  # writing row by row is also faster then
         except OSError as error:
-            room = f"{size / 1e6:,.0f} MB for the decoded photos"
-            raise UserError(f"There is no room in {path.parent} for {room} ({error.strerror}).") from None
-
-
-def readable(error):
-    """Whether there was no error with a photo; print what is wrong with it. Raises the error of a file system."""
-    if isinstance(error, OSError):
-        raise error
-    if error:
-        tqdm.write(f"Skipped: {error}")
-    return not error
-
-
-def keep_rows(path, kept, size):
-    """Shorten a file of rows of `size` bytes to those with the numbers `kept`, which ascend."""
-    with open(path, "r+b") as file:
-        for place, k in enumerate(kept):
-            if place < k:
-                file.seek(k * size)
-                row = file.read(size)
-                file.seek(place * size)
-                file.write(row)
-        file.truncate(len(kept) * size)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # else the file system cannot do it
+                room = f"{size / 1e6:,.0f} MB for the decoded photos"
+                raise UserError(f"There is no room in {path.parent} for {room} ({error.strerror}).") from None
 
 
 def ahead(function, items):
@@ -273,8 +265,8 @@ def ahead(function, items):
 
 
 def split_photos(count):
-    """Return the indices to train on and to validate on, drawn by SEED; at least 2 and 1 of 3 or more photos."""
-    held_out = min(max(1, round(count * VAL_FRACTION)), count - 2)
+    """Return the indices to train on, at least 2 for each process, and to validate on, at least 1, drawn by SEED."""
+    held_out = min(max(1, round(count * VAL_FRACTION)), count - 2 * processes())
     indices = torch.from_numpy(np.random.default_rng(seed_of(b"split")).permutation(count))
     return indices[held_out:], indices[:held_out]
 
@@ -583,16 +575,13 @@ def check_settings():
     require(SEED >= 0, "SEED", SEED, "at least 0")
     require(COMPILE in ("auto", "yes", "no"), "COMPILE", COMPILE, '"auto", "yes" or "no"')
     require(Path(DATA).resolve() != Path(OUTPUT_DIR).resolve(), "OUTPUT_DIR", OUTPUT_DIR, "another folder than DATA")
+    started, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if processes() > 1 and started > gpus > 0 and DEVICE != "cpu":
+        raise UserError(f"torchrun started {started} processes for {gpus} GPUs: --nproc-per-node {gpus} does.", 2)
     if RESUME and not last_path().exists():
         raise UserError(
             f"There is no {last_path()} to resume from: start without --resume, or name its --output-dir.", 2
         )
-
-
-def check_processes(trained):
-    """Raise UserError where so many photos to train on, or the GPUs of this machine, do not go round."""
-    if trained < 2 * processes():
-        raise UserError(f"There are {trained} photos to train on, too few for {processes()} processes: start fewer.", 2)
 
 
 def prepare_output():
@@ -721,7 +710,6 @@ def main(argv=None):
         prepare_output()
         photos = load_photos(paths, names, device)
         train_set, val_set = (part.to(photos.device) for part in split_photos(len(photos)))
-        check_processes(len(train_set))
         photos_id = f"{len(photos)} photos ({digest(names)})"
         run = resume_run(model, optimizer, settings, photos_id) if RESUME else new_run(photos_id)
     describe_run(model, device, run, train_set, val_set)
@@ -738,6 +726,8 @@ def main(argv=None):
                 raise SystemExit(128 + number)
             finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, speed)
     describe_result(run)
+    if processes() > 1:
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

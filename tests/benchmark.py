@@ -208,9 +208,10 @@ def measure_training(paths, settings):
 # Everything else
 def caching(paths, cores):
     """Decoding of photos into the cache by so many cores, in images/s."""
-    train.cores = lambda: cores
+    train.cores, cache = lambda: cores, Path(f"cache on {cores}")
     while True:
-        yield len(paths) / seconds(train.build_cache, paths, Path(f"cache on {cores}"))
+        cache.unlink(missing_ok=True)
+        yield len(paths) / seconds(train.build_cache, paths, cache)
 
 
 def measure_caching(paths):
