@@ -113,6 +113,22 @@ def join_processes():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
 
 
+def leave_processes():
+    """Part from the other processes, at the end of a run."""
+    if processes() > 1:
+        time.sleep(0.5)  # gloo's thread needs the interpreter once more; torch 2.11 waits for it without letting go
+        distributed.destroy_process_group()
+
+
+def require_same(text):
+    """Raise UserError where the processes do not have the same text, which tells of their photos."""
+    texts = [text] * processes()
+    if processes() > 1:
+        distributed.all_gather_object(texts, text)
+    if len(set(texts)) > 1:
+        raise UserError(f"The processes see different photos ({', '.join(texts)}): all machines must share the folder.")
+
+
 def summed(tensor):
     """Return the sum of a tensor over all processes, on the CPU."""
     tensor = tensor.cpu()
@@ -168,7 +184,7 @@ def load_photos(paths, names, device):
     cache = cache_path(paths, names)
     if not cache.exists():
         build_cache(paths, cache)
-    photos = torch.from_numpy(np.memmap(cache, np.uint8, mode="c").reshape(-1, IMAGE_SIZE, IMAGE_SIZE, CHANNELS))
+    photos = torch.from_numpy(np.memmap(cache, np.uint8, mode="r+").reshape(-1, IMAGE_SIZE, IMAGE_SIZE, CHANNELS))
     skipped = f" ({len(paths) - len(photos)} files skipped)" if len(paths) > len(photos) else ""
     print(f"Photos      {len(photos):,}{skipped}, kept as {cache} ({photos.nbytes / 1e6:,.0f} MB)")
     if len(photos) < 2 * processes() + 1:
@@ -195,14 +211,14 @@ class Decoder(Dataset):
 
     def __init__(self, paths, file):
         self.paths, self.file = paths, file
-        self.crop, self.form = celeb_transforms(IMAGE_SIZE)[1], (CHANNELS, IMAGE_SIZE)
+        self.channels, self.size, self.crop = CHANNELS, IMAGE_SIZE, celeb_transforms(IMAGE_SIZE)[1]
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, k):
         try:
-            pixels = self.crop(read_image(self.paths[k], *self.form)).tobytes()
+            pixels = self.crop(read_image(self.paths[k], self.channels, self.size)).tobytes()
             with open(self.file, "r+b") as file:
                 file.seek(k * len(pixels))
                 file.write(pixels)
@@ -219,11 +235,11 @@ def build_cache(paths, cache):
     """Decode, scale and crop every photo once, on all cores, into a file of uint8 (N, H, W, C)."""
     workers = cores() if cores() > 1 and len(paths) > 256 else 0  # processes: for few photos they start too slowly
     context = "fork" if workers and sys.platform == "linux" else None  # elsewhere each has to import PyTorch first
-    how = {"batch_size": 64, "num_workers": workers, "multiprocessing_context": context, "collate_fn": list}
+    options = {"batch_size": 64, "num_workers": workers, "multiprocessing_context": context, "collate_fn": list}
     kept, size = [], IMAGE_SIZE * IMAGE_SIZE * CHANNELS
     with atomic_write(cache) as partial:
         reserve(partial, len(paths) * size)
-        errors = itertools.chain.from_iterable(DataLoader(Decoder(paths, partial), **how))
+        errors = itertools.chain.from_iterable(DataLoader(Decoder(paths, partial), **options))
         for k, error in enumerate(tqdm(errors, "Reading photos", len(paths), unit="photo", leave=False, disable=None)):
             if isinstance(error, OSError):  # of the cache, not of the photo
                 raise error
@@ -255,13 +271,9 @@ def reserve(path, size):
 def ahead(function, items):
     """Yield function(item) for each item, while a thread is at work on the next one."""
     with ThreadPoolExecutor(1) as thread:
-        coming = None
-        for item in items:
-            current, coming = coming, thread.submit(function, item)
-            if current:
-                yield current.result()
-        if coming:
-            yield coming.result()
+        futures = (thread.submit(function, item) for item in items)
+        for current, _ in itertools.pairwise(itertools.chain(futures, [None])):
+            yield current.result()
 
 
 def split_photos(count):
@@ -285,7 +297,8 @@ def load_batches(photos, batches, device):
         with torch.cuda.device(device):  # threads start on the first GPU
             return rows.pin_memory()
 
-    for rows in map(photos.__getitem__, batches) if photos.is_cuda else ahead(gather, batches):
+    all_rows = map(photos.__getitem__, batches) if photos.is_cuda else ahead(gather, batches)
+    for rows in all_rows:
         yield rows.to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(255)
 
 
@@ -326,11 +339,11 @@ def autocast(device):
 def reuse_freed_memory():
     """Have the C library keep freed memory for the next step instead of handing it back to the system.
 
-    Getting it again, page by page, takes a quarter of a step on a CPU. Only glibc has such a switch (man mallopt).
+    Getting it again, page by page, takes a quarter of a step on a CPU. Only glibc has such a switch.
     """
     with suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")
-        library.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        library.mallopt(-3, 1 << 30) or library.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; before 2.35 at most 32 MB
         library.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
@@ -448,10 +461,12 @@ def fit_prior(model, photos, train_set, device):
     for images in load_batches(photos, share(chosen).split(BATCH_SIZE // processes()), device):
         with autocast(device):
             codes.append(torch.stack(model.encode(images), dim=1))
-    try:
-        model.fit_prior(*gathered(torch.cat(codes), len(chosen)).unbind(1))
-    except torch.linalg.LinAlgError:
-        raise UserError("The latent codes grew out of bounds: start again with a lower LEARNING_RATE.") from None
+    codes = gathered(torch.cat(codes), len(chosen))
+    with first_process_first():
+        try:
+            model.fit_prior(*codes.unbind(1))
+        except torch.linalg.LinAlgError:
+            raise UserError("The latent codes grew out of bounds: start again with a lower LEARNING_RATE.") from None
 
 
 # What a run leaves behind
@@ -459,14 +474,21 @@ def finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, sp
     """Validate, fit the prior and write the files of an epoch, last.pth last: all it tells of is then there."""
     device, epoch, out = model.latent_mean.device, run["epoch"] + 1, Path(OUTPUT_DIR)
     *sums, seen = run["sums"].tolist()
-    if not all(map(math.isfinite, sums)):
-        raise UserError(f"The loss left the numbers in epoch {epoch}: start again with a lower LEARNING_RATE.")
+    with first_process_first():
+        if not all(map(math.isfinite, sums)):
+            raise UserError(f"The loss of epoch {epoch} is not finite: start again with a lower LEARNING_RATE.")
     if processes() > 1:  # on CPUs each has seen other photos, and the checkpoint will hold the buffers of process 0
         for buffer in model.buffers():
             distributed.broadcast(buffer, 0)
     model.eval()
-    row = {"epoch": epoch, "train_loss": sums[0] / seen, "train_reconstruction": sums[1] / seen}
-    row |= {"train_kl": sums[2] / seen} | evaluate(model, photos, val_set, device) | {"images_per_second": speed}
+    row = {
+        "epoch": epoch,
+        "train_loss": sums[0] / seen,
+        "train_reconstruction": sums[1] / seen,
+        "train_kl": sums[2] / seen,
+        **evaluate(model, photos, val_set, device),
+        "images_per_second": speed,
+    }
     fit_prior(model, photos, train_set, device)
     best = row["val_loss"] < min((earlier["val_loss"] for earlier in run["history"]), default=math.inf)
     run |= {"epoch": epoch, "step": 0, "sums": torch.zeros(4), "history": [*run["history"], row]}
@@ -565,7 +587,9 @@ def plot_history(history, path):
 def check_settings():
     """Raise UserError for a constant that cannot be."""
     require(EPOCHS >= 1, "EPOCHS", EPOCHS, "at least 1")
-    wanted = "at least 2" + f" for each of the {processes()} processes, and a multiple of them" * (processes() > 1)
+    wanted = f"at least {2 * processes()}" + f" and a multiple of {processes()}, the number of processes" * (
+        processes() > 1
+    )
     require(BATCH_SIZE // processes() >= 2 and BATCH_SIZE % processes() == 0, "BATCH_SIZE", BATCH_SIZE, wanted)
     require(0 < LEARNING_RATE < math.inf, "LEARNING_RATE", LEARNING_RATE, "a positive number")
     require(RECONSTRUCTION in ("mse", "bce", "sigma"), "RECONSTRUCTION", RECONSTRUCTION, '"mse", "bce" or "sigma"')
@@ -575,9 +599,11 @@ def check_settings():
     require(SEED >= 0, "SEED", SEED, "at least 0")
     require(COMPILE in ("auto", "yes", "no"), "COMPILE", COMPILE, '"auto", "yes" or "no"')
     require(Path(DATA).resolve() != Path(OUTPUT_DIR).resolve(), "OUTPUT_DIR", OUTPUT_DIR, "another folder than DATA")
-    started, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if processes() > 1 and started > gpus > 0 and DEVICE != "cpu":
-        raise UserError(f"torchrun started {started} processes for {gpus} GPUs: --nproc-per-node {gpus} does.", 2)
+    if processes() > 1:
+        require(DEVICE in ("auto", "cpu", "cuda"), "DEVICE", DEVICE, '"auto", "cpu" or "cuda" for several processes')
+        started, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if started > gpus > 0 and DEVICE != "cpu":
+            raise UserError(f"torchrun started {started} processes for {gpus} GPUs: --nproc-per-node {gpus} does.", 2)
     if RESUME and not last_path().exists():
         raise UserError(
             f"There is no {last_path()} to resume from: start without --resume, or name its --output-dir.", 2
@@ -661,7 +687,7 @@ def stop_requests():
         if rank() == 0:
             print("\nStopping after this step; once more stops at once.", file=sys.stderr)
 
-    def wanted():
+    def signal_received():
         """The signal that came, or 0; all processes get the same answer, so that they stop at the same step."""
         signals = torch.zeros(64)
         signals[received] = 1
@@ -669,31 +695,29 @@ def stop_requests():
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield wanted
+        yield signal_received
     finally:
         restore()
 
 
 @contextmanager
-def sentences():
+def explained_errors():
     """Turn what PyTorch raises where memory runs out, or a process has ended, into a UserError."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             what = f"A batch of {BATCH_SIZE // processes()} photos needs more memory than there is"
-            raise UserError(f"{what}: lower BATCH_SIZE, which is {BATCH_SIZE}, or IMAGE_SIZE.") from None
+            raise UserError(f"{what}: lower BATCH_SIZE ({BATCH_SIZE}), IMAGE_SIZE or HIDDEN_DIMS.") from None
         if "DataLoader worker" in str(error):
-            raise UserError(
-                "A process that decodes photos was ended from outside, perhaps for want of memory."
-            ) from None
-        if processes() > 1 and "onnection" in str(error):
+            raise UserError("A process that decodes photos has been ended from outside: is memory short?") from None
+        if isinstance(error, distributed.DistError) or "gloo" in str(error):
             raise UserError("Another process of the run has ended; --resume goes on after the last epoch.") from None
         raise
 
 
 @script
-@sentences()
+@explained_errors()
 def main(argv=None):
     """Train from the first step, or from where an interrupted run stopped, to the last."""
     reuse_freed_memory()
@@ -712,6 +736,7 @@ def main(argv=None):
         train_set, val_set = (part.to(photos.device) for part in split_photos(len(photos)))
         photos_id = f"{len(photos)} photos ({digest(names)})"
         run = resume_run(model, optimizer, settings, photos_id) if RESUME else new_run(photos_id)
+    require_same(photos_id)
     describe_run(model, device, run, train_set, val_set)
 
     # Epochs
@@ -720,14 +745,15 @@ def main(argv=None):
         while run["epoch"] < EPOCHS:
             speed = train_epoch(network, optimizer, photos, train_set, run, stopping)
             if number := stopping():
-                if rank() == 0:
-                    save_last(model, optimizer, run, settings)
+                with first_process_first():  # torchrun ends them all when one has ended
+                    if rank() == 0:
+                        save_last(model, optimizer, run, settings)
                 print(f"Stopped in epoch {run['epoch'] + 1}. To go on: {resume_command(argv)}", flush=True)
+                leave_processes()
                 raise SystemExit(128 + number)
             finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, speed)
     describe_result(run)
-    if processes() > 1:
-        distributed.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

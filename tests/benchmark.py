@@ -6,7 +6,7 @@
 
 "plain" is float32 in PyTorch's own memory layout, batches of 16, every JPEG decoded in the loop in every epoch, and
 loss.item() after every step. "ours" are the functions of train.py. Both train the VAE of vae.py, each in a process of
-its own. Whatever is compared runs in turns, and each figure is the median over the rounds after the first.
+its own. What is compared runs in turns, and figures are medians of all rounds after the first (RssAnon: of one run).
 """
 
 import itertools
@@ -36,8 +36,8 @@ import train
 import vae
 
 PHOTOS: str = ""  # folder of photos; without one, faces are drawn
-COUNT: int = 512  # photos in an epoch of ours; 20480 on a GPU
-BATCH_SIZE: int = 32  # photos in a step of ours; 256 on a GPU
+COUNT: int = 512  # photos in an epoch of ours; raise it to 20480 on a GPU, where these are over in no time
+BATCH_SIZE: int = 32  # photos in a step of ours; raise it to 256 on a GPU
 COMPILE: str = "auto"  # as in train.py
 DEVICE: str = "auto"  # as in train.py
 ROUNDS: int = 7  # repetitions after the first
@@ -51,7 +51,7 @@ def serve(rounds, pipe, *arguments):
     """Answer every request with what the generator `rounds` yields next."""
     sys.stdout = sys.stderr  # what train.py prints is not part of the result
     figures = rounds(*arguments)
-    with suppress(EOFError):  # the asker is gone
+    with suppress(EOFError, KeyboardInterrupt):  # the asker is gone, or tells
         while True:
             pipe.recv()
             pipe.send(next(figures))
@@ -95,6 +95,14 @@ def seconds(function, *arguments):
     return time.perf_counter() - start
 
 
+def pick_device(settings):
+    """Return the device to measure on, as the current one."""
+    device = vae.pick_device(settings["DEVICE"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
 def peak_memory(device):
     """The most memory that this process has held, in MB: of the GPU if it computes there."""
     if device.type == "cuda":
@@ -105,12 +113,11 @@ def peak_memory(device):
 # Training
 def plain(paths, settings):
     """The loop that people write first: a round is 128 photos."""
-    device = vae.pick_device(settings["DEVICE"])
+    device = pick_device(settings)
     model = vae.VAE().to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
-    def step(start):
-        batch = paths[start : start + 16]
+    def step(batch):
         images = torch.stack([vae.celeb_transform(Image.open(path).convert("RGB")) for path in batch]).to(device)
         recon, mu, log_var = model(images)
         loss = F.mse_loss(recon, images) + 0.00025 * vae.kl_divergence(mu, log_var).mean() / mu.shape[1]
@@ -119,19 +126,23 @@ def plain(paths, settings):
         optimizer.step()
         loss.item()
 
+    def steps():
+        for start in range(0, 128, 16):
+            step(paths[start : start + 16])
+
     while True:
-        yield {"rate": 128 / seconds(lambda: list(map(step, range(0, 128, 16)))), "memory": peak_memory(device)}
+        yield {"rate": 128 / seconds(steps), "memory": peak_memory(device)}
 
 
 def ours(paths, settings):
     """The functions of train.py: a round is an epoch of photos, and another of one batch repeated from memory."""
     vars(train).update(settings, DATA="the photos", EPOCHS=10**6, FLIP=True)
     train.reuse_freed_memory()
-    device = vae.pick_device(train.DEVICE)
+    device = pick_device(settings)
     model, optimizer = train.new_model(device)
     photos = train.load_photos(paths, list(map(str, paths)), device)
-    train_set, val_set = train.split_photos(len(photos))
-    train_set = train_set[: len(train_set) // train.BATCH_SIZE * train.BATCH_SIZE].to(photos.device)
+    train_set, val_set = (part.to(photos.device) for part in train.split_photos(len(photos)))
+    train_set = train_set[: len(train_set) // train.BATCH_SIZE * train.BATCH_SIZE]
     network, load_batches = train.compiled(model, device, train.BATCH_SIZE), train.load_batches
     batch = next(load_batches(photos, [train_set[: train.BATCH_SIZE]], device))
     codes, waited = torch.randn(256, train.LATENT_DIM, device=device), []
@@ -146,28 +157,43 @@ def ours(paths, settings):
                 return
             yield images
 
+    @torch.inference_mode()
+    def generate():
+        genpic.decode(model, codes).cpu()
+
+    def repeated(photos, batches, device):
+        return (batch for _ in batches)
+
     def epoch(source):
         train.load_batches = source
         run = {"epoch": 0, "step": 0, "sums": torch.zeros(4)}
         return seconds(train.train_epoch, network, optimizer, photos, train_set, run, lambda: 0)
 
+    def validation_psnr(amp):
+        train.AMP = amp
+        return train.evaluate(model, photos, val_set, device)["val_psnr"]
+
+    order = [timed, repeated]
     while True:
         waited.clear()
-        on_photos, on_memory = epoch(timed), epoch(lambda photos, batches, device: (batch for _ in batches))
-        figures = {"rate": len(train_set) / on_photos, "memory": peak_memory(device)}
-        figures |= {"waiting": sum(waited) / on_photos, "against_memory": on_photos / on_memory}
+        order.reverse()
+        duration = {source: epoch(source) for source in order}
         train.load_batches = load_batches
         model.eval()
-        for name, train.AMP in (("psnr_float32", False), ("psnr_bfloat16", True)):
-            figures[name] = train.evaluate(model, photos, val_set.to(photos.device), device)["val_psnr"]
-        with torch.inference_mode():
-            figures["generation"] = len(codes) / seconds(lambda: genpic.decode(model, codes).cpu())
-        yield figures
+        yield {
+            "rate": len(train_set) / duration[timed],
+            "memory": peak_memory(device),
+            "waiting": sum(waited) / duration[timed],
+            "against_memory": duration[timed] / duration[repeated],
+            "psnr_float32": validation_psnr(False),
+            "psnr_bfloat16": validation_psnr(True),
+            "generation": len(codes) / seconds(generate),
+        }
 
 
 def products(settings):
     """Products of square matrices, in GFLOP/s."""
-    device = vae.pick_device(settings["DEVICE"])
+    device = pick_device(settings)
     side = 8192 if device.type == "cuda" else 2048
     while True:
         figures = {}
@@ -234,16 +260,20 @@ def anonymous_memory(count):
         os.link("face.jpg", folder / f"{number}.jpg")
     flags = f"--epochs 1 --hidden-dims 4 4 4 4 4 --latent-dim 8 --output-dir {count}".split()
     process = subprocess.Popen([sys.executable, ROOT / "train.py", "--data", folder, *flags], stdout=subprocess.DEVNULL)
-    most = 0
+    most = 0.0
     while process.poll() is None:
         held = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
         most = max(most, int(held[1]) * 1024 / 1e6 if held else 0)
         time.sleep(0.02)
+    if process.returncode:
+        raise vae.UserError("train.py, of which the memory was to be measured, failed as its message above tells.")
     return most
 
 
 def measure_memory():
-    """Memory: what 9,000 photos more cost."""
+    """Memory: what 9,000 photos more cost, where the system tells."""
+    if not Path("/proc/self/status").exists():
+        return {}
     few, many = anonymous_memory(3000), anonymous_memory(12_000)
     return {"RssAnon with 3,000 photos, MB": few, "with 12,000, MB": many, "growth, MB": many - few}
 
@@ -284,7 +314,12 @@ def main(argv=None):
     """Measure, and print a line per figure or all of them as JSON."""
     settings = vae.override_constants(globals(), argv)
     settings = {name: settings[name] for name in ("BATCH_SIZE", "COMPILE", "DEVICE")}
-    vae.require(max(128, 3 * BATCH_SIZE) <= COUNT, "COUNT", COUNT, "at least 128, and three times BATCH_SIZE")
+    vars(train).update(settings)
+    train.check_settings()
+    pick_device(settings)
+    least = max(128, 3 * BATCH_SIZE)
+    vae.require(least <= COUNT, "COUNT", COUNT, f"at least {least}: 128, and three batches")
+    vae.require(ROUNDS >= 1, "ROUNDS", ROUNDS, "at least 1")
     figures, here = {}, Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         paths = find_photos(folder)

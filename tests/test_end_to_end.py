@@ -1,5 +1,6 @@
 """The commands that people type, as processes of their own, in a folder of their own."""
 
+import platform
 import shutil
 import signal
 import subprocess
@@ -71,3 +72,16 @@ train.main("--data faces --batch-size 60 --device cpu".split())
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert "A batch of 60 photos needs more memory than there is: lower BATCH_SIZE" in done.stderr
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has the switch")
+def test_freed_memory_is_used_again():
+    program = """
+import resource, torch, train
+train.reuse_freed_memory()
+for size in [2**27] + 20 * [2**26, 2**27]:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(size, dtype=torch.uint8).add_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    assert int(python(ROOT, "-c", program)) < 1000  # of 32,768 pages

@@ -76,7 +76,7 @@ def test_a_decoder_that_is_killed_ends_with_a_sentence(workplace, monkeypatch, c
     monkeypatch.setattr(train, "cores", lambda: 2)
     draw_faces(workplace / "faces", 257)
     code, said = refusal(run, capsys)
-    assert code == 1 and "A process that decodes photos was ended" in said
+    assert code == 1 and "A process that decodes photos has been ended" in said
     assert len(list(workplace.glob("data/cache/*"))) == 1
 
 
@@ -112,7 +112,7 @@ def test_cache_follows_the_photos(tmp_path, monkeypatch):
     assert train.cache_path(*train.find_photos()) in keys
 
 
-def test_split_is_disjoint_and_drawn_by_the_seed():
+def test_split_is_disjoint_and_drawn_by_the_seed(monkeypatch):
     for count in (3, 4, 19, 1000):
         trained, validated = train.split_photos(count)
         assert sorted([*trained.tolist(), *validated.tolist()]) == list(range(count))
@@ -123,6 +123,8 @@ def test_split_is_disjoint_and_drawn_by_the_seed():
     assert not torch.equal(train.split_photos(1000)[0], trained)
     train.VAL_FRACTION = 0.99
     assert len(train.split_photos(3)[0]) == 2
+    monkeypatch.setattr(train, "processes", lambda: 3)
+    assert len(train.split_photos(7)[0]) == 6
 
 
 def test_batches_are_images_in_channels_last():
@@ -176,10 +178,12 @@ def test_a_step_is_that_of_the_formulas(kind, flip, count, monkeypatch):
     train.RECONSTRUCTION, train.FLIP, train.EPOCHS, train.KL_WARMUP_EPOCHS, train.AMP = kind, flip, 10, 5.0, False
     model, images, step, progress = vae.VAE(16, 1, [4], 3), torch.rand(6, 1, 16, 16), 77, 0.25
     other = copy.deepcopy(model)
-    monkeypatch.setattr(train, "processes", lambda: math.ceil(count / 6))  # the others have the rest of the batch
+    number, others = (0, 0) if count == 6 else (1, 1)  # the other process, if any, has the rest of the batch
+    monkeypatch.setattr(train, "processes", lambda: 1 + others)
+    monkeypatch.setattr(train, "rank", lambda: number)
     sums = train.train_step(model, torch.optim.SGD(model.parameters(), lr=123.0), images, count, step, progress)
 
-    torch.manual_seed(train.seed_of(b"step", step, 0))
+    torch.manual_seed(train.seed_of(b"step", step, number))
     if flip:
         mirrored = torch.rand(6, 1, 1, 1) < 0.5
         assert 0 < mirrored.sum() < 6
@@ -188,7 +192,7 @@ def test_a_step_is_that_of_the_formulas(kind, flip, count, monkeypatch):
     recon = other.decode(mu + torch.exp(log_var / 2) * torch.randn_like(mu))
     reconstruction, kl = vae.reconstruction_loss(recon, images, kind), vae.kl_divergence(mu, log_var)
     loss = reconstruction + 0.5 * (1 if kind == "sigma" else 0.132) * kl
-    (loss.sum() / count * math.ceil(count / 6)).backward()
+    (loss.sum() / count * (1 + others)).backward()
     torch.testing.assert_close(sums, torch.stack([loss.sum(), reconstruction.sum(), kl.sum(), torch.tensor(6.0)]))
     for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
         gradient = 0 if two.grad is None else two.grad
@@ -500,12 +504,16 @@ def test_photos_that_do_not_suffice(tmp_path, monkeypatch, capsys):
     draw_faces(tmp_path / "faces", 2)
     code, said = refusal(run, capsys)
     assert code == 1 and "There are 2 readable photos" in said
+    draw_faces(tmp_path / "faces", 6)
+    with monkeypatch.context() as patch, pytest.raises(vae.UserError, match="needs at least 6 to train on and 1 to va"):
+        patch.setattr(train, "processes", lambda: 3)
+        load_photos("faces", 32)
     (tmp_path / "faces").rename(tmp_path / "other")
     (tmp_path / "faces").mkdir()
     (tmp_path / "faces/text.jpg").write_text("no photo")
     code, said = refusal(run, capsys)
     assert code == 1 and "None of the 1 files" in said
-    assert len(list(tmp_path.glob("data/cache/*"))) == 1 and not list((tmp_path / "checkpoints_best").iterdir())
+    assert len(list(tmp_path.glob("data/cache/*"))) == 2 and not list((tmp_path / "checkpoints_best").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -574,7 +582,7 @@ def test_memory_that_runs_out_ends_with_a_sentence(message, workplace, monkeypat
 
     monkeypatch.setattr(train, "train_step", step)
     code, said = refusal(run, capsys, "--epochs", "1")
-    assert code == 1 and "lower BATCH_SIZE, which is 8" in said
+    assert code == 1 and "lower BATCH_SIZE (8)" in said
 
 
 @pytest.mark.parametrize("flags", ["--epoch 3", "--epochs many", "--amp yes", "--hidden-dims", "more"])
