@@ -81,6 +81,13 @@ def test_variations_grid(workplace, capsys):
     assert len({picture.tobytes() for picture in variations}) == 10
 
 
+def test_the_photo_is_read_as_the_model_was_trained(workplace, monkeypatch):
+    read, asked = genpic.read_image, []
+    monkeypatch.setattr(genpic, "read_image", lambda path, *form: asked.append(form) or read(path, *form))
+    run()
+    assert asked == [(3, 32)]
+
+
 def test_flags_count_for_one_call(workplace):
     run("--w", "0.5", "--mode", "sample")
     assert (genpic.W, genpic.MODE, genpic.CHECKPOINT) == (0.01, "variations", "checkpoints_best/vae_model_20.pth")

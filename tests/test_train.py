@@ -59,6 +59,15 @@ def test_photos_are_decoded_once_and_what_cannot_be_read_is_named(tmp_path, monk
     assert torch.equal(load_photos("faces", 32), photos)
 
 
+def test_photos_are_read_for_the_size_of_the_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw_faces(tmp_path / "faces", 3)
+    read, asked = train.read_image, []
+    monkeypatch.setattr(train, "read_image", lambda path, *form: asked.append(form) or read(path, *form))
+    load_photos("faces", 32)
+    assert asked == [(3, 32)] * 3
+
+
 def test_every_photo_of_a_large_folder_is_there_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "many").mkdir()
