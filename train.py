@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -705,8 +706,9 @@ def explained_errors():
     """Turn what PyTorch raises where memory runs out, or a process has ended, into a UserError."""
     try:
         yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    except (RuntimeError, MemoryError) as error:
+        scarce = "can't allocate memory|could not create a primitive|bad_alloc"  # as PyTorch, oneDNN and C++ say it
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(scarce, str(error)):
             what = f"A batch of {BATCH_SIZE // processes()} photos needs more memory than there is"
             raise UserError(f"{what}: lower BATCH_SIZE ({BATCH_SIZE}), IMAGE_SIZE or HIDDEN_DIMS.") from None
         if "DataLoader worker" in str(error):

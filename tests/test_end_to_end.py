@@ -66,7 +66,7 @@ import re, resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
 size = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (size + 10**9, size + 10**9))
+resource.setrlimit(resource.RLIMIT_AS, (size + 5 * 10**8, size + 5 * 10**8))
 train.main("--data faces --batch-size 60 --device cpu".split())
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
