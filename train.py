@@ -588,10 +588,9 @@ def plot_history(history, path):
 def check_settings():
     """Raise UserError for a constant that cannot be."""
     require(EPOCHS >= 1, "EPOCHS", EPOCHS, "at least 1")
-    wanted = f"at least {2 * processes()}" + f" and a multiple of {processes()}, the number of processes" * (
-        processes() > 1
-    )
-    require(BATCH_SIZE // processes() >= 2 and BATCH_SIZE % processes() == 0, "BATCH_SIZE", BATCH_SIZE, wanted)
+    count = processes()
+    wanted = f"at least {2 * count} and a multiple of {count}, the number of processes" if count > 1 else "at least 2"
+    require(BATCH_SIZE // count >= 2 and BATCH_SIZE % count == 0, "BATCH_SIZE", BATCH_SIZE, wanted)
     require(0 < LEARNING_RATE < math.inf, "LEARNING_RATE", LEARNING_RATE, "a positive number")
     require(RECONSTRUCTION in ("mse", "bce", "sigma"), "RECONSTRUCTION", RECONSTRUCTION, '"mse", "bce" or "sigma"')
     require(0 <= BETA < math.inf, "BETA", BETA, "a number that is not negative")
