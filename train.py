@@ -15,6 +15,7 @@ import ctypes
 import errno
 import functools
 import hashlib
+import io
 import itertools
 import math
 import os
@@ -23,17 +24,17 @@ import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import distributed, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -54,6 +55,7 @@ from vae import (
     load_checkpoint,
     override_constants,
     paired,
+    partial_file,
     pick_device,
     psnr,
     read_image,
@@ -183,8 +185,11 @@ def find_photos():
 def load_photos(paths, names, device):
     """Return the photos as a uint8 tensor (N, H, W, C): on the GPU where they fit, else mapped from the cache file."""
     cache = cache_path(paths, names)
-    if not cache.exists():
-        build_cache(paths, cache)
+    if not is_whole(cache):
+        need = f"the decoded photos take {len(paths) * photo_size() / 1e6:,.2f} MB there"
+        with claimed(cache.parent, need, wait=True):
+            if not is_whole(cache):  # another run may have built it meanwhile
+                build_cache(paths, cache)
     photos = torch.from_numpy(np.memmap(cache, np.uint8, mode="r+").reshape(-1, IMAGE_SIZE, IMAGE_SIZE, CHANNELS))
     skipped = f" ({len(paths) - len(photos)} files skipped)" if len(paths) > len(photos) else ""
     print(f"Photos      {len(photos):,}{skipped}, kept as {cache} ({photos.nbytes / 1e6:,.0f} MB)")
@@ -202,9 +207,24 @@ def digest(lines):
 
 def cache_path(paths, names):
     """Return where the decoded photos are kept; it changes with their names, sizes and times and the target size."""
-    stats = [path.stat() if path.exists() else None for path in paths]  # None for a link to nowhere
-    lines = [f"{name} {stat and (stat.st_size, stat.st_mtime_ns)}" for name, stat in zip(names, stats, strict=True)]
+
+    def version(path):
+        with suppress(OSError):  # a link to nowhere has none
+            stat = path.stat()
+            return stat.st_size, stat.st_mtime_ns, stat.st_mode  # the mode, as it may have kept a photo from being read
+
+    lines = [f"{name} {version(path)}" for name, path in zip(names, paths, strict=True)]
     return Path(f"data/cache/{IMAGE_SIZE}x{IMAGE_SIZE}x{CHANNELS}-{digest(lines)}.u8")
+
+
+def photo_size():
+    """Return how many bytes a decoded photo takes."""
+    return IMAGE_SIZE * IMAGE_SIZE * CHANNELS
+
+
+def is_whole(cache):
+    """Whether a file of decoded photos is there, and ends with a whole one."""
+    return cache.exists() and cache.stat().st_size > 0 and cache.stat().st_size % photo_size() == 0
 
 
 class Decoder(Dataset):
@@ -237,8 +257,8 @@ def build_cache(paths, cache):
     workers = cores() if cores() > 1 and len(paths) > 256 else 0  # processes: for few photos they start too slowly
     context = "fork" if workers and sys.platform == "linux" else None  # elsewhere each has to import PyTorch first
     options = {"batch_size": 64, "num_workers": workers, "multiprocessing_context": context, "collate_fn": list}
-    kept, size = [], IMAGE_SIZE * IMAGE_SIZE * CHANNELS
-    with atomic_write(cache) as partial:
+    kept, size = [], photo_size()
+    with partial_file(cache, len(paths) * size) as partial:
         reserve(partial, len(paths) * size)
         errors = itertools.chain.from_iterable(DataLoader(Decoder(paths, partial), **options))
         for k, error in enumerate(tqdm(errors, "Reading photos", len(paths), unit="photo", leave=False, disable=None)):
@@ -259,14 +279,17 @@ def build_cache(paths, cache):
 
 
 def reserve(path, size):
-    """Make a file with room for `size` bytes, where the system can; UserError where there is no such room."""
-    with open(path, "wb") as file, suppress(AttributeError):  # macOS and Windows have no such function
+    """Make a file with room for `size` bytes; OSError where there is no such room."""
+    with open(path, "wb") as file:
+        if shutil.disk_usage(path.parent).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         try:
             os.posix_fallocate(file.fileno(), 0, size)  # writing row by row is also faster then
+        except AttributeError:
+            pass  # macOS and Windows have no such function
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # else the file system cannot do it
-                room = f"{size / 1e6:,.0f} MB for the decoded photos"
-                raise UserError(f"There is no room in {path.parent} for {room} ({error.strerror}).") from None
+                raise
 
 
 def ahead(function, items):
@@ -416,7 +439,7 @@ def train_epoch(network, optimizer, photos, train_set, run, stopping):
     device = next(network.parameters()).device
     sums = run["sums"].to(device) * (rank() == 0)  # those of all processes, from before the run was stopped
 
-    first, start = run["step"], time.perf_counter()
+    first, start, losses = run["step"], time.perf_counter(), []
     images_of_steps = load_batches(photos, map(share, batches[first:]), device)
     quiet = rank() > 0 or None  # None: where there is no terminal
     with tqdm(batches[first:], f"Epoch {run['epoch'] + 1}/{EPOCHS}", unit="step", leave=False, disable=quiet) as bar:
@@ -425,10 +448,29 @@ def train_epoch(network, optimizer, photos, train_set, run, stopping):
                 break
             step = run["epoch"] * len(batches) + run["step"]
             progress = (step + 0.5) / (EPOCHS * len(batches))
-            sums += train_step(network, optimizer, images, len(batch), step, progress)
+            sums += (figures := train_step(network, optimizer, images, len(batch), step, progress))
+            losses.append(figures[0])
             run["step"] += 1
+            if len(losses) == 50:  # to look at each would have the GPU wait for it
+                check_losses(losses, run)
+                losses.clear()
+    check_losses(losses, run)
     run["sums"] = summed(sums)  # waits for the GPU to be done
     return sum(map(len, batches[first : run["step"]])) / (time.perf_counter() - start)
+
+
+def check_losses(losses, run):
+    """Raise UserError where a loss is not finite, given those of the run's last steps; each process gives its own."""
+    bad = (~summed(torch.stack(losses)).isfinite()).nonzero() if losses else []
+    if len(bad):
+        step = run["step"] - len(losses) + bad[0].item() + 1
+        with first_process_first():
+            raise diverged(f"The loss of step {step} of epoch {run['epoch'] + 1} is not finite")
+
+
+def diverged(what):
+    """Return the UserError that ends a run in which figures grow out of bounds; `what` is a sentence about them."""
+    return UserError(f"{what}: lower LEARNING_RATE ({LEARNING_RATE:g}). {last_path()} keeps the last good weights.")
 
 
 @torch.inference_mode()
@@ -467,7 +509,7 @@ def fit_prior(model, photos, train_set, device):
         try:
             model.fit_prior(*codes.unbind(1))
         except torch.linalg.LinAlgError:
-            raise UserError("The latent codes grew out of bounds: start again with a lower LEARNING_RATE.") from None
+            raise diverged("The latent codes grew out of bounds") from None
 
 
 # What a run leaves behind
@@ -475,9 +517,6 @@ def finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, sp
     """Validate, fit the prior and write the files of an epoch, last.pth last: all it tells of is then there."""
     device, epoch, out = model.latent_mean.device, run["epoch"] + 1, Path(OUTPUT_DIR)
     *sums, seen = run["sums"].tolist()
-    with first_process_first():
-        if not all(map(math.isfinite, sums)):
-            raise UserError(f"The loss of epoch {epoch} is not finite: start again with a lower LEARNING_RATE.")
     if processes() > 1:  # on CPUs each has seen other photos, and the checkpoint will hold the buffers of process 0
         for buffer in model.buffers():
             distributed.broadcast(buffer, 0)
@@ -490,6 +529,9 @@ def finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, sp
         **evaluate(model, photos, val_set, device),
         "images_per_second": speed,
     }
+    with first_process_first():
+        if not math.isfinite(row["val_loss"]):
+            raise diverged(f"The validation loss of epoch {epoch} is not finite")
     fit_prior(model, photos, train_set, device)
     best = row["val_loss"] < min((earlier["val_loss"] for earlier in run["history"]), default=math.inf)
     run |= {"epoch": epoch, "step": 0, "sums": torch.zeros(4), "history": [*run["history"], row]}
@@ -531,28 +573,33 @@ def keep_previous(path, run_id):
         info = load_checkpoint(path)[1]
     except UserError:
         info = {}  # not a checkpoint, but somebody's file all the same
-    if info.get("run") == run_id or info.get("finished"):  # of the last.pth of a finished run nothing is missed
+    if info.get("run") == run_id or info.get("resumable") is False:  # nobody will miss the last.pth of a finished run
         return
     endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
     kept = next(kept for end in endings if not (kept := path.with_suffix(f".previous{end}.pth")).exists())
-    with atomic_write(kept) as partial:
-        shutil.copy2(path, partial)
+    with atomic_write(kept) as file:
+        file.write(path.read_bytes())
     print(f"{path} was there from another run: kept as {kept}")
 
 
 def save_last(model, optimizer, run, settings):
-    """Write all that --resume needs to last.pth, after keeping that of another run which was not finished."""
+    """Write all that --resume needs to last.pth, after keeping that of another run which was under way."""
+    if rank():
+        return
     keep_previous(last_path(), run["id"])
-    info = {"run": run["id"], "finished": run["epoch"] == EPOCHS, "constants": settings, "state": run}
+    under_way = (0, 0) < (run["epoch"], run["step"]) < (EPOCHS, 0)
+    info = {"run": run["id"], "resumable": under_way, "constants": settings, "state": run}
     save_checkpoint(last_path(), model, optimizer=optimizer.state_dict(), **info)
 
 
 def save_history(history, path):
     """Write the figures of all epochs as CSV, a line per epoch."""
-    with atomic_write(path) as partial, open(partial, "w", newline="") as file:
-        writer = csv.DictWriter(file, history[0])
+    with atomic_write(path) as file:
+        text = io.TextIOWrapper(file, newline="", write_through=True)
+        writer = csv.DictWriter(text, history[0])
         writer.writeheader()
         writer.writerows(history)
+        text.detach()  # or it would close the file
 
 
 @torch.inference_mode()
@@ -580,8 +627,8 @@ def plot_history(history, path):
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
     figure.legend(["training, z drawn", "validation, z = mean"], loc="outside upper center", ncols=2, frameon=False)
-    with atomic_write(path) as partial:
-        figure.savefig(partial, dpi=120)
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=120)
 
 
 # The run
@@ -610,13 +657,32 @@ def check_settings():
         )
 
 
-def prepare_output():
-    """Make OUTPUT_DIR and see that it can be written to now, not after the first epoch."""
+@contextmanager
+def claimed(folder, hint, wait=False):
+    """Make a folder, keep other runs out of it, and clear away what a killed run has left half written.
+
+    The claim ends with the process, however that ends. Raises UserError where the folder cannot be written to, with
+    `hint`, or where another run has it, unless told to `wait` for its end.
+    """
+    folder = Path(folder)
+    lock = FileLock(folder / ".lock")
     try:
-        Path(OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=OUTPUT_DIR).close()
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        busy = f"Another run is at work in {folder}"
+        if not wait:
+            raise UserError(f"{busy}: wait for its end, or {hint}.") from None
+        print(f"{busy}: waiting for its end.", flush=True)
+        lock.acquire()
     except OSError as error:
-        raise UserError(f"OUTPUT_DIR {OUTPUT_DIR} cannot be written to ({error.strerror}): name another.", 2) from None
+        raise UserError(f"{folder} cannot be written to ({error.strerror}): {hint}.", 2) from None
+    try:
+        for half in [*folder.glob(".partial-*"), *folder.glob("progress/.partial-*")]:
+            half.unlink()
+        yield
+    finally:
+        lock.release()
 
 
 def new_run(photos):
@@ -627,17 +693,39 @@ def new_run(photos):
 def resume_run(model, optimizer, settings, photos):
     """Return the state of the run in last.pth, and set model and optimizer to its; UserError where it cannot go on."""
     saved, info = load_checkpoint(last_path())
-    if not {"optimizer", "constants", "state"} <= info.keys():
+    run, then = info.get("state"), info.get("constants")
+    if not (is_state(run) and isinstance(then, dict)):
         raise UserError(f"{last_path()} is not the last.pth of a run: there is nothing in it to resume.")
-    then, now = info["constants"] | {"photos": info["state"]["photos"]}, settings | {"photos": photos}
+    then, now = then | {"photos": run["photos"]}, settings | {"photos": photos}
     free = {"RESUME", "DATA", "OUTPUT_DIR", "DEVICE", "AMP", "COMPILE"}  # may change between the sessions of a run
     keys = sorted((then.keys() | now.keys()) - free)
     changes = [f"{key} was {then.get(key)} and is {now.get(key)}" for key in keys if then.get(key) != now.get(key)]
     if changes:
         raise UserError(f"The run of {last_path()} goes on only as it began: {'; '.join(changes)}.", 2)
-    model.load_state_dict(saved.state_dict())
-    optimizer.load_state_dict(info["optimizer"])
-    return info["state"]
+    try:
+        model.load_state_dict(saved.state_dict())
+        load_moments(optimizer, info["optimizer"]["state"])
+    except (LookupError, TypeError, ValueError, RuntimeError):
+        raise UserError(f"{last_path()} does not hold the weights and moments of its own settings.") from None
+    return run
+
+
+def is_state(run):
+    """Whether `run`, as a file held it, is the state of a run."""
+    kinds = {name: type(value) for name, value in new_run("").items()}
+    if type(run) is not dict or {name: type(value) for name, value in run.items()} != kinds:
+        return False
+    rows = [row["epoch"] for row in run["history"] if type(row) is dict and {"epoch", "val_loss"} <= row.keys()]
+    return rows == list(range(1, run["epoch"] + 1)) and run["step"] >= 0 and run["sums"].shape == (4,)
+
+
+def load_moments(optimizer, moments):
+    """Give Adam its step counts and moments back, whatever their shape in the file in the layout of the parameters."""
+    parameters, state = optimizer.param_groups[0]["params"], {}
+    for k, saved in moments.items():
+        state[k] = {name: torch.empty_like(parameters[k]).copy_(saved[name]) for name in ("exp_avg", "exp_avg_sq")}
+        state[k]["step"] = torch.tensor(float(saved["step"]))
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 def describe_run(model, device, run, train_set, val_set):
@@ -651,7 +739,8 @@ def describe_run(model, device, run, train_set, val_set):
     number = f"{processes()} processes, each on " if processes() > 1 else ""
     print(f"Device      {number}{device} ({name}), {precision}")
     if RESUME:
-        print(f"Resuming    after epoch {run['epoch']} of {EPOCHS} and {run['step']} steps of the next")
+        rest = f"and {run['step']} steps of the next" if run["epoch"] < EPOCHS else "the last: this run is finished"
+        print(f"Resuming    after epoch {run['epoch']} of {EPOCHS}, {rest}")
     sys.stdout.flush()  # an epoch may take hours, and a log file should tell of it from the start
 
 
@@ -727,32 +816,33 @@ def main(argv=None):
         settings = override_constants(globals(), argv)
         check_settings()
         device = pick_device(DEVICE)
-    model, optimizer = new_model(device)
-
-    # Photos, split and the state of the run
-    with first_process_first():
+        model, optimizer = new_model(device)
         paths, names = find_photos()
-        prepare_output()
-        photos = load_photos(paths, names, device)
-        train_set, val_set = (part.to(photos.device) for part in split_photos(len(photos)))
-        photos_id = f"{len(photos)} photos ({digest(names)})"
-        run = resume_run(model, optimizer, settings, photos_id) if RESUME else new_run(photos_id)
-    require_same(photos_id)
-    describe_run(model, device, run, train_set, val_set)
 
-    # Epochs
-    with stop_requests() as stopping:
-        network = parallel(compiled(model, device, min(BATCH_SIZE, len(train_set)) // processes()))
-        while run["epoch"] < EPOCHS:
-            speed = train_epoch(network, optimizer, photos, train_set, run, stopping)
-            if number := stopping():
-                with first_process_first():  # torchrun ends them all when one has ended
-                    if rank() == 0:
+    with claimed(OUTPUT_DIR, "name another --output-dir") if rank() == 0 else nullcontext():
+        # Photos, split and the state of the run
+        with first_process_first():
+            photos = load_photos(paths, names, device)
+            train_set, val_set = (part.to(photos.device) for part in split_photos(len(photos)))
+            photos_id = f"{len(photos)} photos ({digest(names)})"
+            run = resume_run(model, optimizer, settings, photos_id) if RESUME else new_run(photos_id)
+            if not RESUME:  # so that a run which is killed in its first epoch can go on as well
+                save_last(model, optimizer, run, settings)
+        require_same(photos_id)
+        describe_run(model, device, run, train_set, val_set)
+
+        # Epochs
+        with stop_requests() as stopping:
+            network = parallel(compiled(model, device, min(BATCH_SIZE, len(train_set)) // processes()))
+            while run["epoch"] < EPOCHS:
+                speed = train_epoch(network, optimizer, photos, train_set, run, stopping)
+                if number := stopping():
+                    with first_process_first():  # torchrun ends them all when one has ended
                         save_last(model, optimizer, run, settings)
-                print(f"Stopped in epoch {run['epoch'] + 1}. To go on: {resume_command(argv)}", flush=True)
-                leave_processes()
-                raise SystemExit(128 + number)
-            finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, speed)
+                    print(f"Stopped in epoch {run['epoch'] + 1}. To go on: {resume_command(argv)}", flush=True)
+                    leave_processes()
+                    raise SystemExit(128 + number)
+                finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, speed)
     describe_result(run)
     leave_processes()
 

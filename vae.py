@@ -10,12 +10,16 @@ Importing this file has no effect of its own: it prints nothing, draws no random
 import argparse
 import functools
 import inspect
+import io
+import itertools
 import math
 import os
 import re
 import sys
 import typing
-from contextlib import contextmanager
+import warnings
+import zipfile
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +37,7 @@ LATENT_DIM: int = 128  # numbers in a latent code; fewer give plainer pictures a
 HIDDEN_DIMS: list[int] = [32, 64, 128, 256, 512]  # channels of the encoder's stages; each halves the side
 
 LOG_VAR_RANGE = (-20.0, 10.0)  # exp() stays finite and positive, in float32 and in bfloat16
+MAX_PIXELS = 100_000_000  # of a photo in memory; what its header promises beyond that is never decoded
 
 
 # The model
@@ -129,7 +134,7 @@ def check_arguments(image_size, channels, hidden_dims, latent_dim):
     halvings = math.ceil(math.log2(max(image_size, 1)))
     require(16 <= image_size <= 512, "IMAGE_SIZE", image_size, "from 16 to 512 pixels")
     require(channels in (1, 3), "CHANNELS", channels, "3 (colour) or 1 (grey)")
-    require(latent_dim >= 1, "LATENT_DIM", latent_dim, "at least 1")
+    require(1 <= latent_dim <= 10_000, "LATENT_DIM", latent_dim, "from 1 to 10000")
     channels_fit = hidden_dims and all(isinstance(width, int) and width >= 1 for width in hidden_dims)
     require(channels_fit, "HIDDEN_DIMS", hidden_dims, "a list of whole numbers, each at least 1")
     stages = f"at most {halvings} stages long, for {image_size} pixels can be halved no more often"
@@ -201,11 +206,15 @@ def image_formats():
 def find_images(folder, without=None):
     """Sorted paths of the files below `folder`, but not below `without`, whose ending is of a format Pillow reads.
 
-    Links are followed, hidden files and folders are passed over.
+    Links are followed, hidden files and folders are passed over; a folder that cannot be opened is named.
     """
+
+    def tell(error):
+        print(printable(f"Skipped: {error.filename} cannot be opened ({error.strerror})."))
+
     endings = {ending for ending, name in Image.registered_extensions().items() if name in image_formats()}
     found, visited = [], {without and os.path.realpath(without)}
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=tell, followlinks=True):
         if (real := os.path.realpath(root)) in visited:  # a link back up would go round for ever
             folders.clear()
             continue
@@ -219,12 +228,15 @@ def read_image(path, channels=CHANNELS, size=None):
     """Read a photo upright, as an RGB (3 channels) or grey (1 channel) PIL image, transparent areas over white.
 
     A large JPEG that is to be scaled down to `size` pixels is decoded at a half, quarter or eighth of its own size,
-    which stays four times `size` or more. Raises UserError where the file does not exist or cannot be decoded whole.
+    which stays four times `size` or more. Raises UserError where the file does not exist, cannot be decoded whole, or
+    would take more than MAX_PIXELS.
     """
     try:
-        with Image.open(path, formats=image_formats()) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=image_formats()) as image:
             if size:
                 image.draft(None, (4 * size, 4 * size))
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS:,} are decoded")
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I") and np.asarray(image).max() > 255:  # 16 bits; convert() would clip them
                 image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
@@ -248,14 +260,14 @@ def paired(originals, reconstructions, columns):
 def save_grid(images, path, columns):
     """Save images (B, C, H, W) in [0, 1] as one picture, 2 pixels apart, in the format of the path's ending.
 
-    Raises UserError where the format has no room for so large a picture.
+    Raises UserError where the format has no room for so large a picture, or the file cannot be written.
     """
     grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=1)
     pixels = (grid[: images.shape[1]] * 255).round().byte()
     picture = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())
     try:
-        with atomic_write(path) as partial:
-            picture.save(partial, quality=95)
+        with atomic_write(path) as file:
+            picture.save(file, Image.registered_extensions()[Path(path).suffix.lower()], quality=95)
     except ValueError as error:
         raise UserError(f"{path} cannot hold {picture.width}x{picture.height} pixels ({error}).") from None
 
@@ -266,67 +278,137 @@ def latent_noise(seed, count, latent_dim):
     return torch.from_numpy(np.stack(rows))
 
 
-# Checkpoints
+# Files
 @contextmanager
-def atomic_write(path):
-    """Yield a path beside `path` to write to; it takes the place of `path` only when the block ends well."""
+def partial_file(path, size):
+    """Yield a path beside `path` to write to; it takes the place of `path` only when the block ends well.
+
+    Raises UserError, which tells of the `size` of the file in bytes, where the system does not let it be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): it takes {size / 1e6:,.2f} MB.") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_write(path):
+    """Yield a file in memory; when the block ends well it takes the place of the file at `path`, whole or not at all.
+
+    Raises UserError where the system does not let it be written.
+    """
+    file = io.BytesIO()
+    yield file
+    with partial_file(path, file.getbuffer().nbytes) as partial:
+        partial.write_bytes(file.getbuffer())
+
+
+# Checkpoints
 def save_checkpoint(path, model, **info):
-    """Write a model and `info` (tensors and plain Python types) to a file that rebuilds the model by itself."""
+    """Write a model and `info` (tensors and plain Python types) to a file that rebuilds the model by itself.
+
+    Raises UserError where a weight is not finite, or the file cannot be written; a file at `path` then stays.
+    """
     state_dict = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    for name, tensor in state_dict.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} is no longer finite, so {path} has not been written.")
     versions = {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
-    with atomic_write(path) as partial:
-        torch.save({"config": model.config, "state_dict": state_dict, "versions": versions, **info}, partial)
+    with atomic_write(path) as file:
+        torch.save({"config": model.config, "state_dict": state_dict, "versions": versions, **info}, file)
 
 
 def load_checkpoint(path, device="cpu"):
     """Return (model in eval mode on `device`, info) from a file of save_checkpoint or of the model's forerunners.
 
-    Those are a bare state dict and a pickled whole module `vae.VAE`; their info is empty. Only tensors, plain Python
-    types and the layers of the model are ever unpickled. Raises UserError where the file is none of these or missing.
+    Those are a bare state dict and a pickled whole module `vae.VAE`; their info is empty. Only tensors and plain Python
+    types are ever unpickled. Raises UserError where the file is none of these, damaged or missing.
     """
-    layers = [nn.Sequential, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.LeakyReLU, nn.Linear, nn.Sigmoid]
     try:
-        with torch.serialization.safe_globals([VAE, *layers, set]):
-            info = torch.load(path, map_location="cpu", weights_only=True)
+        info = read_checkpoint(path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: `python train.py` makes a checkpoint.", 2) from None
     except Exception as error:  # torch.load raises whatever its zip reader and its unpickler stumble over
-        raise UserError(f"{path} is not a checkpoint that can be read safely ({type(error).__name__}).") from None
+        raise UserError(f"{path} is not a checkpoint: it {what_is_wrong(path, error)}.") from None
     try:
-        if isinstance(info, VAE):  # of a whole module only the weights are taken, and the config if there is one
-            info = {"state_dict": info.state_dict(), "config": getattr(info, "config", None)}
+        if isinstance(info, Shell):
+            info = {"state_dict": nn.Module.state_dict(info), "config": getattr(info, "config", None)}
         info = info if "state_dict" in info else {"state_dict": dict(info)}
         state_dict = info.pop("state_dict")
-        model = VAE(**info.pop("config", None) or infer_config(state_dict))
+        with torch.device("meta"):  # weights of shapes alone, so that a file cannot ask for memory it does not fill
+            model = VAE(**info.pop("config", None) or infer_config(state_dict))
         load_weights(model, state_dict)
     except Exception as error:  # whatever else the file holds, it is not what a VAE is made of
         raise UserError(f"{path} does not hold the weights of a VAE of this kind ({error}).") from None
     return model.to(device).eval(), info
 
 
+class Shell(nn.Module):
+    """What stands for the model and each of its layers in a pickled module: it holds weights, and can do nothing."""
+
+
+def read_checkpoint(path):
+    """Return what torch.save has written to a file: tensors, plain Python types and, of a module, Shells."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            packed = any(member.compress_type for member in archive.infolist())  # torch.save does not, a bomb would
+            if packed or archive.testzip():  # torch.load does not look at the checksums
+                raise zipfile.BadZipFile
+    layers = [nn.Sequential, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.LeakyReLU, nn.Linear, nn.Sigmoid]
+    shells = [(Shell, f"{layer.__module__}.{layer.__name__}") for layer in layers]
+    with torch.serialization.safe_globals([(Shell, "vae.VAE"), *shells, set]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def what_is_wrong(path, error):
+    """Say of a file in a few words why `error` came up when it was read as a checkpoint."""
+    if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"asks for {unsafe[1]}, and nothing in a file is ever called"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror})"
+    with open(path, "rb") as file:
+        head = file.read(100)
+    if head.startswith(b"PK"):
+        foreign = zipfile.is_zipfile(path) and not isinstance(error, zipfile.BadZipFile)
+        return "is a zip archive of something else" if foreign else "is damaged or cut short"
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, and `git lfs pull` fetches the file that it stands for"
+    text = head and not re.search(rb"[^\t\n\r -~\x80-\xff]", head)
+    return "is a text file" if text else "is in no format that torch.save writes" if head else "is empty"
+
+
 def load_weights(model, state_dict):
-    """Copy a state dict into `model`; raise ValueError at the first name or shape that differs, the prior aside."""
-    expected = model.state_dict()
-    state_dict = {name: expected[name] for name in ("latent_mean", "latent_scale")} | state_dict
+    """Give a model on the meta device the weights of a state dict, in float32; the prior may be missing.
+
+    Raises ValueError at the first name or shape that differs and at weights that are not finite.
+    """
+    expected, prior = model.state_dict(), {"latent_mean": torch.zeros, "latent_scale": torch.eye}
+    state_dict = {name: make(len(expected[name])) for name, make in prior.items()} | state_dict
     for name in expected | state_dict:
         found, wanted = (tuple(ws[name].shape) if name in ws else "nothing" for ws in (state_dict, expected))
         if found != wanted:
             raise ValueError(f"{name} is {found} in the file and {wanted} in the model")
-    model.load_state_dict(state_dict)
+        weight = state_dict[name]
+        if weight.untyped_storage().nbytes() < weight.numel() * weight.element_size():
+            raise ValueError(f"{name} takes more memory than the file")
+        state_dict[name] = weight.to(expected[name].dtype)
+        if not state_dict[name].isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    model.load_state_dict(state_dict, assign=True)
 
 
 def infer_config(state_dict):
     """Read the arguments of a VAE off the shapes of its weights; of the image sizes that fit, IMAGE_SIZE goes first."""
+    for name in ("encoder.0.0.weight", "fc_mu.weight"):
+        if name not in state_dict:
+            raise ValueError(f"it has no {name}, but {', '.join(map(str, itertools.islice(state_dict, 3)))} and so on")
     stages = [weight for name, weight in state_dict.items() if re.fullmatch(r"encoder\.\d+\.0\.weight", name)]
     latent_dim, features = state_dict["fc_mu.weight"].shape
     hidden_dims = [len(weight) for weight in stages]
@@ -341,8 +423,13 @@ class UserError(ValueError):
     """A sentence for the person at the keyboard, and the script's exit code: 2 for a setting that cannot be, else 1."""
 
     def __init__(self, sentence, code=1):
-        super().__init__(sentence)
+        super().__init__(printable(sentence))
         self.code = code
+
+
+def printable(text):
+    """Return a text as one line: what is no character to be seen, in the name of a file say, becomes its escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def require(holds, name, value, wanted):
@@ -362,6 +449,8 @@ def script(main):
     @functools.wraps(main)
     def run(argv=None):
         constants = {name: value for name, value in names.items() if name.isupper()}
+        with suppress(AttributeError):  # of a notebook, which prints everything anyway
+            sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
         try:
             main(argv)
         except KeyboardInterrupt:

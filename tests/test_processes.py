@@ -156,7 +156,7 @@ def test_a_process_that_dies_ends_the_run_with_a_message(folder):
         (["--batch-size", "9"], "BATCH_SIZE is 9: it must be at least 4 and a multiple of 2, the number of processes."),
         (["--batch-size", "2"], "BATCH_SIZE is 2: it must be at least 4 and a multiple of 2, the number of processes."),
         (["--data", "nowhere"], "nowhere does not exist"),
-        (["--learning-rate", "1e12"], "The loss of epoch 1 is not finite"),
+        (["--learning-rate", "1e12"], "The loss of step 2 of epoch 1 is not finite"),
     ],
 )
 def test_what_cannot_be_is_said_once(folder, flags, sentence):

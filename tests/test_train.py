@@ -86,7 +86,7 @@ def test_a_decoder_that_is_killed_ends_with_a_sentence(workplace, monkeypatch, c
     draw_faces(workplace / "faces", 257)
     code, said = refusal(run, capsys)
     assert code == 1 and "A process that decodes photos has been ended" in said
-    assert len(list(workplace.glob("data/cache/*"))) == 1
+    assert len(list(workplace.glob("data/cache/*-*"))) == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
@@ -267,7 +267,7 @@ def test_validation_does_not_depend_on_batches(kind):
 
 def test_bfloat16_gives_the_same_figures(trained):
     model, _ = vae.load_checkpoint(trained / TRAINED)
-    photos = torch.from_numpy(np.fromfile(next((trained / "data/cache").iterdir()), np.uint8)).view(-1, 32, 32, 3)
+    photos = torch.from_numpy(np.fromfile(next((trained / "data/cache").glob("*.u8")), np.uint8)).view(-1, 32, 32, 3)
     train.AMP = False
     exact = train.evaluate(model, photos, torch.arange(len(photos)), CPU)["val_psnr"]
     with torch.autocast("cpu", torch.bfloat16), pytest.MonkeyPatch.context() as patch:
@@ -289,7 +289,7 @@ def test_files_of_a_run(trained):
     progress = {
         f"progress/epoch_0{epoch}_{kind}.png" for epoch in range(1, 9) for kind in ("reconstructions", "samples")
     }
-    assert names == {"vae_model_8.pth", "last.pth", "history.csv", "loss_curves.png"} | progress
+    assert names == {"vae_model_8.pth", "last.pth", "history.csv", "loss_curves.png", ".lock"} | progress
     assert Image.open(out / "progress/epoch_08_reconstructions.png").size == (2 * 34 + 2, 2 * 34 + 2)  # 2 held out
     assert Image.open(out / "progress/epoch_08_samples.png").size == (8 * 34 + 2, 8 * 34 + 2)
 
@@ -522,7 +522,7 @@ def test_photos_that_do_not_suffice(tmp_path, monkeypatch, capsys):
     (tmp_path / "faces/text.jpg").write_text("no photo")
     code, said = refusal(run, capsys)
     assert code == 1 and "None of the 1 files" in said
-    assert len(list(tmp_path.glob("data/cache/*"))) == 2 and not list((tmp_path / "checkpoints_best").iterdir())
+    assert len(list(tmp_path.glob("data/cache/*-*"))) == 2 and not list(tmp_path.glob("checkpoints_best/*.pth"))
 
 
 @pytest.mark.parametrize(
@@ -548,7 +548,7 @@ def test_an_output_folder_that_cannot_be(workplace, capsys):
     (workplace / "file").touch()
     for folder in ("file", "file/folder"):
         code, said = refusal(run, capsys, "--output-dir", folder)
-        assert code == 2 and f"OUTPUT_DIR {folder} cannot be written to" in said
+        assert code == 2 and f"{folder} cannot be written to" in said and "--output-dir" in said
 
 
 @pytest.mark.parametrize(

@@ -392,7 +392,7 @@ def test_files_that_are_no_checkpoint(tmp_path, monkeypatch):
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     (tmp_path / "file").write_text("old")
-    with pytest.raises(RuntimeError), vae.atomic_write(tmp_path / "file") as partial:
-        partial.write_text("half")
+    with pytest.raises(RuntimeError), vae.atomic_write(tmp_path / "file") as file:
+        file.write(b"half")
         raise RuntimeError
     assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
