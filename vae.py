@@ -371,7 +371,7 @@ def what_is_wrong(path, error):
     """Say of a file in a few words why `error` came up when it was read as a checkpoint."""
     if unsafe := re.search(r"GLOBAL (\S+)", str(error)):
         return f"asks for {unsafe[1]}, and nothing in a file is ever called"
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and error.filename:  # else it is about what was read
         return f"cannot be read ({error.strerror})"
     with open(path, "rb") as file:
         head = file.read(100)

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,11 @@ from faces import draw_faces
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: small models are faster without threads
 
+import torch
+
 import genpic
 import train
+import vae
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--image-size=32 --hidden-dims 8 16 --latent-dim=8 --batch-size=8 --learning-rate=0.01 --device=cpu".split()
@@ -43,6 +48,44 @@ def workplace(trained, tmp_path, monkeypatch):
     shutil.copytree(trained, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     return tmp_path / "copy"
+
+
+@pytest.fixture
+def unprivileged(workplace):
+    """That copy, used by somebody who may not do everything, as root may."""
+    if sys.platform == "win32":
+        pytest.skip("has other permissions")
+    if is_root := os.geteuid() == 0:
+        for path in [workplace, *workplace.rglob("*")]:
+            os.chown(path, 65534, 65534)
+        os.seteuid(65534)
+    yield workplace
+    if is_root:
+        os.seteuid(0)
+
+
+def run(*flags):
+    """Train the small model on the drawn faces in the current folder."""
+    train.main(["--data", "faces", *SMALL, *flags])
+
+
+def same_weights(one, other):
+    """Whether two checkpoints hold the same tensors, bit for bit."""
+    states = [vae.load_checkpoint(path)[0].state_dict() for path in (one, other)]
+    return all(torch.equal(states[0][name], states[1][name]) for name in states[0] | states[1])
+
+
+@contextmanager
+def files_of_at_most(size):
+    """Have the system refuse to write files of more bytes than `size`, as if the disk were full."""
+    import resource  # Windows has none
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def refusal(call, capsys, *flags):

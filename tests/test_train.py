@@ -5,12 +5,11 @@ import csv
 import math
 import os
 import signal
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, TRAINED, refusal
+from conftest import SMALL, TRAINED, refusal, run, same_weights
 from faces import draw_faces
 from PIL import Image
 
@@ -23,17 +22,6 @@ CPU = torch.device("cpu")
 def main(*flags):
     """Train in the current folder."""
     train.main(list(flags))
-
-
-def run(*flags):
-    """Train the small model on the drawn faces in the current folder."""
-    main("--data", "faces", *SMALL, *flags)
-
-
-def same_weights(one, other):
-    """Whether two checkpoints hold the same tensors, bit for bit."""
-    states = [vae.load_checkpoint(path)[0].state_dict() for path in (one, other)]
-    return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 # Photos
@@ -87,24 +75,6 @@ def test_a_decoder_that_is_killed_ends_with_a_sentence(workplace, monkeypatch, c
     code, said = refusal(run, capsys)
     assert code == 1 and "A process that decodes photos has been ended" in said
     assert len(list(workplace.glob("data/cache/*-*"))) == 1
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
-@pytest.mark.parametrize("reserving", [True, False])
-def test_a_cache_that_cannot_be_written_ends_with_a_sentence(workplace, monkeypatch, capsys, reserving):
-    import resource
-
-    draw_faces(workplace / "faces", 41)
-    before, limits = set(workplace.rglob("*")), resource.getrlimit(resource.RLIMIT_FSIZE)
-    if not reserving:
-        monkeypatch.delattr(os, "posix_fallocate", raising=False)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the photos take 126 kB
-    try:
-        code, said = refusal(run, capsys)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert code == 1 and ("no room in data/cache for 0 MB" if reserving else "File too large") in said
-    assert set(workplace.rglob("*")) == before | {workplace / "faces/face 040.jpg"}
 
 
 def test_cache_follows_the_photos(tmp_path, monkeypatch):
@@ -361,18 +331,6 @@ def test_the_same_settings_give_the_same_weights(workplace):
     assert same_weights("again/vae_model_8.pth", TRAINED)
 
 
-def test_an_unfinished_run_is_kept_when_another_takes_its_place(workplace, monkeypatch, capsys):
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train, "train_step", Interrupt(7, signal.SIGINT))
-        run("--epochs", "3")
-    unfinished = (workplace / "checkpoints_best/last.pth").read_bytes()
-    run("--epochs", "1")
-    assert (workplace / "checkpoints_best/last.previous.pth").read_bytes() == unfinished
-    assert "kept as checkpoints_best/last.previous.pth" in capsys.readouterr().out
-    run("--epochs", "1")  # after a finished run there is nothing to keep for --resume
-    assert not (workplace / "checkpoints_best/last.previous-2.pth").exists()
-
-
 @pytest.mark.parametrize("data", [[], ["--data", "data/train"]])
 def test_demo_faces_stand_in_while_there_are_no_photos(tmp_path, monkeypatch, capsys, data):
     monkeypatch.chdir(tmp_path)
@@ -415,85 +373,6 @@ def test_compiling_leaves_the_model_as_it_was(monkeypatch):
     train.compiled(model, CPU, 2)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-# Stopping and resuming
-class Interrupt:
-    """Stands in for train_step: sends this process a signal during the step of that number."""
-
-    def __init__(self, at, number):
-        self.step, self.at, self.number = train.train_step, at, number
-
-    def __call__(self, network, optimizer, images, count, step, progress):
-        if step == self.at:
-            os.kill(os.getpid(), self.number)
-        return self.step(network, optimizer, images, count, step, progress)
-
-
-@pytest.mark.parametrize(("at", "number"), [(0, 2), (4, 2), (7, signal.SIGTERM), (12, 2), (19, 2)])
-def test_a_stopped_run_goes_on_as_if_it_never_stopped(workplace, monkeypatch, capsys, at, number):
-    flags = ["--epochs", "4", "--kl-warmup-epochs", "3"]
-    run(*flags, "--output-dir", "whole")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(train, "train_step", Interrupt(at, number))
-        run(*flags, "--output-dir", "parts")
-    assert stop.value.code == 128 + number
-    said = capsys.readouterr().out
-    assert f"Stopped in epoch {at // 5 + 1}" in said and "python train.py --data faces" in said and "--resume" in said
-
-    run(*flags, "--output-dir", "parts", "--resume")
-    assert same_weights("whole/last.pth", "parts/last.pth")
-    assert same_weights("whole/vae_model_4.pth", "parts/vae_model_4.pth")
-    runs = [vae.load_checkpoint(f"{name}/last.pth")[1]["state"]["history"] for name in ("whole", "parts")]
-    assert [{**row, "images_per_second": 0} for row in runs[0]] == [{**row, "images_per_second": 0} for row in runs[1]]
-
-
-def test_the_second_ctrl_c_acts_at_once():
-    with pytest.raises(KeyboardInterrupt), train.stop_requests() as stopping:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stopping() == signal.SIGINT
-        os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_resuming_a_finished_run_says_so(workplace, capsys):
-    run("--epochs", "8", "--resume")
-    assert "after epoch 8 of 8" in capsys.readouterr().out
-
-
-def test_a_run_does_not_go_on_with_other_settings(workplace, capsys):
-    code, said = refusal(run, capsys, "--resume", "--epochs", "3", "--batch-size", "4")
-    assert code == 2 and "BATCH_SIZE was 8 and is 4; EPOCHS was 8 and is 3" in said
-    draw_faces(workplace / "faces", 41)
-    code, said = refusal(run, capsys, "--resume", "--epochs", "8")
-    assert code == 2 and "photos was 40 photos" in said and "is 41 photos" in said
-    (workplace / "faces/face 040.jpg").unlink()
-    (workplace / "faces/face 000.jpg").rename(workplace / "faces/another.jpg")
-    code, said = refusal(run, capsys, "--resume", "--epochs", "8")
-    assert code == 2 and said.count("40 photos") == 2
-
-
-def test_a_constant_edited_without_its_annotation_still_counts(workplace, capsys, monkeypatch):
-    monkeypatch.setattr(train, "LEARNING_RATE", 0.5)
-    monkeypatch.delitem(train.__annotations__, "LEARNING_RATE")
-    flags = [flag for flag in SMALL if "learning-rate" not in flag]
-    code, said = refusal(main, capsys, "--data", "faces", *flags, "--epochs", "8", "--resume")
-    assert code == 2 and "LEARNING_RATE was 0.01 and is 0.5" in said
-
-
-def test_a_run_knows_its_photos_by_any_name_of_their_folder_and_never_learns_from_its_pictures(workplace, monkeypatch):
-    monkeypatch.chdir("faces")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train, "train_step", Interrupt(7, signal.SIGINT))
-        main("--data", ".", *SMALL, "--epochs", "2", "--output-dir", "out")
-    main("--data", str(workplace / "faces"), *SMALL, "--epochs", "2", "--output-dir", "out", "--resume")
-    assert vae.load_checkpoint("out/last.pth")[1]["state"]["epoch"] == 2
-
-
-def test_nothing_to_resume(workplace, capsys):
-    code, said = refusal(run, capsys, "--resume", "--output-dir", "nowhere")
-    assert code == 2 and "no nowhere/last.pth to resume from" in said
-    (workplace / "checkpoints_best/last.pth").write_bytes((workplace / TRAINED).read_bytes())
-    assert refusal(run, capsys, "--resume", "--epochs", "8")[0] == 1
 
 
 # Refusals
@@ -544,13 +423,6 @@ def test_constants_that_cannot_be(flags, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_output_folder_that_cannot_be(workplace, capsys):
-    (workplace / "file").touch()
-    for folder in ("file", "file/folder"):
-        code, said = refusal(run, capsys, "--output-dir", folder)
-        assert code == 2 and f"{folder} cannot be written to" in said and "--output-dir" in said
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [("EPOCHS", "20"), ("EPOCHS", 2.0), ("LEARNING_RATE", "1e-3"), ("AMP", "no"), ("DATA", None), ("SEED", True)]
@@ -567,21 +439,6 @@ def test_a_whole_number_in_the_script_takes_fractions_from_its_flag(capsys):
     train.BETA = 1
     code, said = refusal(main, capsys, "--beta", "0.5", "--epochs", "0")
     assert code == 2 and "EPOCHS" in said
-
-
-@pytest.mark.parametrize("kind", ["mse", "bce", "sigma"])
-def test_a_loss_that_explodes_ends_with_a_sentence(kind, workplace, capsys):
-    before = (workplace / "checkpoints_best/last.pth").read_bytes()
-    code, said = refusal(run, capsys, "--epochs", "1", "--learning-rate", "1e12", "--reconstruction", kind)
-    assert code == 1 and "lower LEARNING_RATE" in said
-    assert (workplace / "checkpoints_best/last.pth").read_bytes() == before
-
-
-def test_codes_that_explode_end_with_a_sentence():
-    model, photos = vae.VAE(16, 1, [4], 8), torch.randint(0, 256, (5, 16, 16, 1), dtype=torch.uint8)
-    model.fc_mu.weight.data *= 1e12
-    with pytest.raises(vae.UserError, match="lower LEARNING_RATE"):
-        train.fit_prior(model, photos, torch.arange(5), CPU)
 
 
 @pytest.mark.parametrize("message", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])
