@@ -58,6 +58,8 @@ def unprivileged(workplace):
     if is_root := os.geteuid() == 0:
         for path in [workplace, *workplace.rglob("*")]:
             os.chown(path, 65534, 65534)
+        for folder in workplace.parents[:3]:  # pytest's own
+            folder.chmod(0o711)
         os.seteuid(65534)
     yield workplace
     if is_root:
