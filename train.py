@@ -24,6 +24,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import uuid
 import warnings
@@ -668,6 +669,7 @@ def claimed(folder, hint, wait=False):
     lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # not everybody who may open the lock of a folder may write there
         lock.acquire(timeout=0)
     except Timeout:
         busy = f"Another run is at work in {folder}"
