@@ -224,6 +224,19 @@ def find_images(folder, without=None):
     return [Path(path) for path in sorted(found) if os.path.splitext(path)[1].lower() in endings]
 
 
+@contextmanager
+def muted():
+    """Have C libraries print nothing: libtiff would tell of every broken photo in words of its own."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
+
+
 def read_image(path, channels=CHANNELS, size=None):
     """Read a photo upright, as an RGB (3 channels) or grey (1 channel) PIL image, transparent areas over white.
 
@@ -232,7 +245,7 @@ def read_image(path, channels=CHANNELS, size=None):
     would take more than MAX_PIXELS.
     """
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=image_formats()) as image:
+        with warnings.catch_warnings(action="ignore"), muted(), Image.open(path, formats=image_formats()) as image:
             if size:
                 image.draft(None, (4 * size, 4 * size))
             if image.width * image.height > MAX_PIXELS:
@@ -381,7 +394,7 @@ def what_is_wrong(path, error):
     if head.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, and `git lfs pull` fetches the file that it stands for"
     text = head and not re.search(rb"[^\t\n\r -~\x80-\xff]", head)
-    return "is a text file" if text else "is in no format that torch.save writes" if head else "is empty"
+    return "is a text file" if text else "is in no format that can be read safely" if head else "is empty"
 
 
 def load_weights(model, state_dict):

@@ -71,6 +71,11 @@ def run(*flags):
     train.main(["--data", "faces", *SMALL, *flags])
 
 
+def generate(*flags):
+    """Generate with the small model in the current folder, from the first of the drawn faces."""
+    genpic.main(["--checkpoint", TRAINED, "--image", "faces", "--device", "cpu", *flags])
+
+
 def same_weights(one, other):
     """Whether two checkpoints hold the same tensors, bit for bit."""
     states = [vae.load_checkpoint(path)[0].state_dict() for path in (one, other)]

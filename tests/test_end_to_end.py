@@ -11,6 +11,8 @@ from conftest import ROOT, SMALL
 from faces import draw_face, draw_faces
 from PIL import Image
 
+from vae import load_checkpoint
+
 
 def copy_scripts(folder):
     """Put the three scripts into `folder`, as someone who copies them would."""
@@ -45,17 +47,21 @@ def test_errors_are_a_line_and_an_exit_code(tmp_path):
     assert done.stderr.startswith("genpic.py: There is no checkpoint checkpoints_best/vae_model_20.pth")
 
 
-def test_ctrl_c_saves_the_run(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_the_run_and_saves_it(tmp_path, number, code):
     copy_scripts(tmp_path)
     draw_faces(tmp_path / "data/train", 200)
     command = [sys.executable, "train.py", *SMALL, "--epochs", "1000"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while "Epoch  3/" not in process.stdout.readline():
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     said, complaints = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in said and "Traceback" not in complaints
-    assert (tmp_path / "checkpoints_best/last.pth").exists()
+    assert process.returncode == code and complaints == "\nStopping after this step; once more stops at once.\n"
+    last = said.splitlines()[-1]
+    assert last.startswith("Stopped in epoch") and last.endswith(f"train.py {' '.join(SMALL)} --epochs 1000 --resume")
+    state = load_checkpoint(tmp_path / "checkpoints_best/last.pth")[1]["state"]
+    assert f"Stopped in epoch {state['epoch'] + 1}." in last and state["epoch"] >= 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on memory that is kept")

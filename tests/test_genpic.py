@@ -1,21 +1,18 @@
 """Generating: what W means, the modes, the files, the refusals."""
 
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TRAINED, refusal
+from conftest import TRAINED, files_of_at_most, generate, refusal
 from faces import draw_faces
 from PIL import Image
 
 import genpic
 import vae
-
-
-def run(*flags):
-    """Generate with the small model in the current folder, from the first of the drawn faces."""
-    genpic.main(["--checkpoint", TRAINED, "--image", "faces", "--device", "cpu", *flags])
 
 
 def tiles(path, columns, side=32):
@@ -67,7 +64,7 @@ def test_codes_of_the_population_stay_codes_of_the_population(genpic_w):
 
 # Modes
 def test_variations_grid(workplace, capsys):
-    run("--w", "0.3", "--output", "grid.png")
+    generate("--w", "0.3", "--output", "grid.png")
     said = capsys.readouterr().out
     assert "faces/face 000.jpg, the first in faces" in said and "PSNR" in said
     assert Image.open("grid.png").size == (6 * 34 + 2, 2 * 34 + 2)
@@ -84,25 +81,25 @@ def test_variations_grid(workplace, capsys):
 def test_the_photo_is_read_as_the_model_was_trained(workplace, monkeypatch):
     read, asked = genpic.read_image, []
     monkeypatch.setattr(genpic, "read_image", lambda path, *form: asked.append(form) or read(path, *form))
-    run()
+    generate()
     assert asked == [(3, 32)]
 
 
 def test_flags_count_for_one_call(workplace):
-    run("--w", "0.5", "--mode", "sample")
+    generate("--w", "0.5", "--mode", "sample")
     assert (genpic.W, genpic.MODE, genpic.CHECKPOINT) == (0.01, "variations", "checkpoints_best/vae_model_20.pth")
 
 
 def test_w_0_shows_the_reconstruction_ten_times(workplace):
-    run("--w", "0", "--output", "grid.png")
+    generate("--w", "0", "--output", "grid.png")
     _, reconstruction, *variations = tiles("grid.png", columns=6)
     assert all(np.abs(picture - reconstruction).max() <= 1 for picture in variations)
 
 
 def test_the_same_settings_give_the_same_bytes(workplace):
     for name in ("one", "two"):
-        run("--output", f"{name}.jpg")
-    run("--seed", "1", "--output", "three.jpg")
+        generate("--output", f"{name}.jpg")
+    generate("--seed", "1", "--output", "three.jpg")
     one, two, three = ((workplace / f"{name}.jpg").read_bytes() for name in ("one", "two", "three"))
     assert one == two != three
 
@@ -110,7 +107,7 @@ def test_the_same_settings_give_the_same_bytes(workplace):
 @pytest.mark.parametrize("noise", ["population", "posterior"])
 def test_a_variation_is_the_same_however_many_are_drawn(workplace, noise):
     for count in ("3", "70"):
-        run("--num-variations", count, "--w", "0.5", "--noise", noise, "--output", f"{count}.png")
+        generate("--num-variations", count, "--w", "0.5", "--noise", noise, "--output", f"{count}.png")
     few, many = tiles("3.png", 5), tiles("70.png", 6)[:5]
     assert np.abs(few - many).max() <= 1
 
@@ -119,7 +116,7 @@ def test_reconstruct_shows_every_photo_of_the_folder(workplace, capsys):
     draw_faces(workplace / "faces", 70)
     photos = [np.asarray(vae.celeb_transforms(32)[1](vae.read_image(path))) for path in vae.find_images("faces")]
     (workplace / "faces" / "broken.jpg").write_text("no photo")
-    run("--mode", "reconstruct", "--output", "sheet.png")
+    generate("--mode", "reconstruct", "--output", "sheet.png")
     said = capsys.readouterr().out
     sheets = (tiles("sheet.png", 8).reshape(8, 2, 8, 32, 32, 3), tiles("sheet-2.png", 6).reshape(1, 2, 6, 32, 32, 3))
     originals, reconstructions = (np.concatenate([s[:, row].reshape(-1, 32, 32, 3) for s in sheets]) for row in (0, 1))
@@ -129,9 +126,9 @@ def test_reconstruct_shows_every_photo_of_the_folder(workplace, capsys):
 
 
 def test_sample_shows_100_faces_of_the_prior(workplace):
-    run("--mode", "sample", "--image", "nowhere", "--output", "faces.webp")
+    generate("--mode", "sample", "--image", "nowhere", "--output", "faces.webp")
     assert Image.open("faces.webp").format == "WEBP" and Image.open("faces.webp").size == (342, 342)
-    run("--mode", "sample", "--output", "faces.png")
+    generate("--mode", "sample", "--output", "faces.png")
     model, _ = vae.load_checkpoint(TRAINED)
     expected = model.decode(model.draw_latents(vae.latent_noise(0, 100, 8))).detach().permute(0, 2, 3, 1).numpy()
     assert np.abs(tiles("faces.png", 10) - 255 * expected).max() <= 1
@@ -140,20 +137,20 @@ def test_sample_shows_100_faces_of_the_prior(workplace):
 def test_a_checkpoint_without_fitted_prior_is_said_to_lack_it(workplace, capsys):
     model, _ = vae.load_checkpoint(TRAINED)
     torch.save({name: t for name, t in model.state_dict().items() if not name.startswith("latent_")}, "published.pth")
-    run("--checkpoint", "published.pth")
+    generate("--checkpoint", "published.pth")
     assert "N(0, I)" in capsys.readouterr().out
 
 
 def test_grey_models_give_grey_pictures(workplace):
     model = vae.VAE(24, 1, [4], 3)
     vae.save_checkpoint("grey.pth", model)
-    run("--checkpoint", "grey.pth", "--output", "new folder/grey.png")
+    generate("--checkpoint", "grey.pth", "--output", "new folder/grey.png")
     assert Image.open("new folder/grey.png").mode == "L"
 
 
 def test_the_picture_is_in_the_format_of_its_ending(workplace):
     for ending, format in (("jpg", "JPEG"), ("JPEG", "JPEG"), ("png", "PNG"), ("webp", "WEBP")):
-        run("--num-variations", "1", "--output", f"grid.{ending}")
+        generate("--num-variations", "1", "--output", f"grid.{ending}")
         assert Image.open(f"grid.{ending}").format == format
     Image.open("grid.png").save("reference.jpg", quality=95)
     assert Image.open("grid.jpg").quantization == Image.open("reference.jpg").quantization
@@ -200,7 +197,7 @@ def test_refusals(flags, code, words, workplace, capsys):
     (workplace / "faces/face 000.jpg").rename(workplace / "faces/me.jpg")
     (workplace / "me.jpg").symlink_to(workplace / "faces/me.jpg")
     before = sorted(workplace.rglob("*"))
-    stopped, said = refusal(run, capsys, *flags.split())
+    stopped, said = refusal(generate, capsys, *flags.split())
     assert stopped == code and words in said
     assert sorted(workplace.rglob("*")) == before
 
@@ -210,13 +207,13 @@ def test_refusals(flags, code, words, workplace, capsys):
 )
 def test_constants_of_another_type(name, value, capsys):
     setattr(genpic, name, value)
-    code, said = refusal(run, capsys)
+    code, said = refusal(generate, capsys)
     assert code == 2 and f"{name} is {value!r}: it must be" in said
 
 
 def test_a_broken_photo_in_the_folder_is_passed_over(workplace, capsys):
     (workplace / "faces" / "a broken.jpg").write_text("no photo")
-    run("--output", "grid.png")
+    generate("--output", "grid.png")
     said = capsys.readouterr().out
     assert "Skipped     faces/a broken.jpg" in said and "Photo       faces/face 000.jpg" in said
 
@@ -225,3 +222,23 @@ def test_w_must_be_a_number(capsys):
     with pytest.raises(SystemExit) as stop:
         genpic.main(["--w", "much"])
     assert stop.value.code == 2 and "--w" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
+def test_a_full_disk_leaves_the_old_picture(workplace, capsys):
+    generate("--output", "new folder/grid.png")
+    before = Path("new folder/grid.png").read_bytes()
+    with files_of_at_most(1000):
+        for name in ("grid.png", "other.jpg"):
+            code, said = refusal(generate, capsys, "--output", f"new folder/{name}", "--w", "0.5")
+            assert code == 1 and f"new folder/{name} cannot be written (File too large): it takes 0.0" in said
+    assert Path("new folder/grid.png").read_bytes() == before and len(list(Path("new folder").iterdir())) == 1
+    generate("--output", "new folder/grid.png", "--w", "0.5")
+    assert Path("new folder/grid.png").read_bytes() != before
+
+
+def test_a_picture_that_may_not_be_written(unprivileged, capsys):
+    Path("locked").mkdir(mode=0o555)
+    for output in ("locked/grid.png", "locked/new folder/grid.png", "faces/face 000.jpg/grid.png"):
+        code, said = refusal(generate, capsys, "--output", output, "--mode", "sample")
+        assert code == 1 and f"{output} cannot be written (" in said

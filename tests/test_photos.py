@@ -1,0 +1,305 @@
+"""Photos that somebody else made: odd, broken and hostile files, and the names and folders they come in."""
+
+import collections
+import io
+import os
+import random
+import re
+import struct
+import subprocess
+import sys
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL, generate, refusal, run
+from faces import draw_face, draw_faces
+from PIL import Image
+
+import vae
+from vae import UserError, read_image
+
+SHARED = ROOT.parent / "shared/odd-images"
+
+
+# Odd files
+FACE = draw_face(7, size=(160, 190))
+MASK = Image.radial_gradient("L").resize(FACE.size).point(lambda v: 0 if v > 200 else 255)  # 0: transparent
+OVER_WHITE = Image.composite(FACE, Image.new("RGB", FACE.size, "white"), MASK)
+GREY = FACE.convert("L")
+
+
+def upright(orientation):
+    """Return the bytes of a JPEG of FACE, stored as a camera with that EXIF orientation would."""
+    turns = [
+        None,
+        None,
+        *(
+            Image.Transpose[name]
+            for name in ("FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_90 TRANSVERSE ROTATE_270".split())
+        ),
+    ]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(FACE.transpose(turns[orientation]) if orientation > 1 else FACE, "JPEG", exif=exif)
+
+
+def encode(image, format, **options):
+    """Return an image as the bytes of a file."""
+    file = io.BytesIO()
+    image.save(file, format, **{"quality": 95, **options} if format in ("JPEG", "WEBP") else options)
+    return file.getvalue()
+
+
+def with_alpha(image):
+    """Return an image of mode L or RGB with the alpha channel MASK, nonsense under its transparent parts."""
+    image = Image.composite(image, Image.effect_noise(image.size, 200).convert(image.mode), MASK)
+    image.putalpha(MASK)
+    return image
+
+
+def palette_with_holes():
+    """Return FACE with 255 colours, and another one, which is transparent, where MASK is 0."""
+    image = FACE.quantize(255)
+    image.putpalette(image.getpalette()[:765] + [1, 2, 3])
+    image.paste(255, mask=MASK.point(lambda v: 255 - v))
+    return image
+
+
+frames = {"save_all": True, "append_images": [FACE.rotate(180), FACE.rotate(90)]}
+deep = Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257)
+TWINS = {  # name: (bytes of the file, what it shows)
+    **{f"exif {k}.jpg": (upright(k), FACE) for k in range(1, 9)},
+    "cmyk.jpg": (encode(FACE.convert("CMYK"), "JPEG"), FACE),
+    "cmyk.tiff": (encode(FACE.convert("CMYK"), "TIFF"), FACE),
+    "16 bit.png": (encode(deep, "PNG"), GREY),
+    "16 bit.tiff": (encode(deep, "TIFF"), GREY),
+    "grey.jpg": (encode(GREY, "JPEG"), GREY),
+    "progressive.jpg": (encode(FACE, "JPEG", progressive=True), FACE),
+    "LA.png": (encode(with_alpha(GREY), "PNG"), OVER_WHITE.convert("L")),
+    "RGBA.png": (encode(with_alpha(FACE), "PNG"), OVER_WHITE),
+    "RGBA.webp": (encode(with_alpha(FACE), "WEBP", lossless=True), OVER_WHITE),
+    "RGBA.tiff": (encode(with_alpha(FACE), "TIFF"), OVER_WHITE),
+    "palette.png": (encode(FACE.quantize(256), "PNG"), FACE),
+    "palette with holes.png": (encode(palette_with_holes(), "PNG", transparency=255), OVER_WHITE),
+    "palette with holes.gif": (encode(palette_with_holes(), "GIF", transparency=255), OVER_WHITE),
+    "two frames.gif": (encode(FACE, "GIF", **frames), FACE),
+    "two frames.webp": (encode(FACE, "WEBP", **frames), FACE),
+    "two frames.png": (encode(FACE, "PNG", **frames), FACE),
+    "lossy.webp": (encode(FACE, "WEBP"), FACE),
+    "lzw.tiff": (encode(FACE, "TIFF", compression="tiff_lzw"), FACE),
+    "bitmap.bmp": (encode(FACE, "BMP"), FACE),
+    "1x1.png": (encode(FACE.resize((1, 1)), "PNG"), FACE.resize((1, 1))),
+    "40x56.jpg": (encode(FACE.resize((40, 56)), "JPEG", subsampling=0), FACE.resize((40, 56))),
+    "3000x160.jpg": (encode(FACE.resize((3000, 160)), "JPEG"), FACE.resize((3000, 160))),
+    "151x150.jpg": (encode(FACE.resize((151, 150)), "JPEG"), FACE.resize((151, 150))),
+    "PNG by name.jpg": (encode(FACE, "PNG"), FACE),
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_odd_photos_are_read_right(name, tmp_path):
+    data, shown = TWINS[name]
+    (tmp_path / name).write_bytes(data)
+    for channels, mode in ((3, "RGB"), (1, "L")):
+        image = read_image(tmp_path / name, channels)
+        assert image.mode == mode and image.size == shown.size
+        difference = np.asarray(image).astype(float) - np.asarray(shown.convert(mode))
+        assert np.abs(difference).mean() < 4
+    assert vae.celeb_transform(read_image(tmp_path / name, 3, 150)).shape == (3, 150, 150)
+
+
+def test_photos_of_one_bit_are_black_and_white(tmp_path):
+    FACE.convert("1").save(tmp_path / "1 bit.png")
+    image = np.asarray(read_image(tmp_path / "1 bit.png"))
+    assert set(np.unique(image)) == {0, 255} and abs(image.mean() - np.asarray(GREY).mean()) < 20
+
+
+def png(width, height):
+    """Return a PNG of a few hundred bytes whose header tells of so many pixels."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(9999)))]
+    parts = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def rotten(data):
+    """Return the bytes of a file, some of them changed in its middle."""
+    return data[: len(data) // 2] + bytes(200) + data[len(data) // 2 + 200 :]
+
+
+BROKEN = {
+    "truncated.jpg": TWINS["exif 1.jpg"][0][:4000],
+    "bit-rotten.png": rotten(TWINS["RGBA.png"][0]),
+    "empty.jpg": b"",
+    "text.jpg": b"not a photo, says this text\n",
+    "program.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",  # which Ghostscript would run
+    "bomb.png": png(60_000, 60_000),
+    "large.png": png(10_001, 10_000),
+}
+
+
+@pytest.fixture
+def no_pixels(monkeypatch):
+    """Photos in which not a pixel can be decoded."""
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("pixels are decoded"))
+
+
+@pytest.mark.parametrize(("name", "words"), [("bomb.png", "3600000000 pixels"), ("large.png", "10001 x 10000 pixels")])
+def test_a_photo_of_too_many_pixels_is_refused_by_its_header(no_pixels, name, words, workplace, capsys):
+    Path("bomb").mkdir()
+    Path("bomb", name).write_bytes(BROKEN[name])
+    with warnings.catch_warnings(action="error"):
+        code, said = refusal(generate, capsys, "--image", f"bomb/{name}")
+        assert code == 1 and f"{name} cannot be read as an image" in said and words in said
+        with pytest.raises(SystemExit):
+            run("--data", "bomb")
+    said = capsys.readouterr()
+    assert words in said.out and "None of the 1 files in bomb can be read" in said.err
+
+
+def test_a_jpeg_counts_by_the_pixels_that_are_decoded(tmp_path, monkeypatch):
+    draw_face(5, size=(1600, 1400)).save(tmp_path / "face.jpg")
+    monkeypatch.setattr(vae, "MAX_PIXELS", 10**6)
+    assert read_image(tmp_path / "face.jpg", 3, 32).size == (200, 175)
+    with pytest.raises(UserError, match="1600 x 1400 pixels, at most 1,000,000 are decoded"):
+        read_image(tmp_path / "face.jpg")
+
+
+def test_a_run_takes_what_can_be_read_and_names_the_rest(workplace, capsys):
+    Path("odd").mkdir()
+    files = {name: data for name, (data, _) in TWINS.items()} | BROKEN
+    for name, data in files.items():
+        Path("odd", name).write_bytes(data)
+    run("--data", "odd", "--epochs", "1")
+    said = capsys.readouterr().out
+    for name in files:
+        assert len(re.findall(rf"Skipped: odd/{name} cannot be read as an image \(.*\)\.\n", said)) == (name in BROKEN)
+    assert f"Photos      {len(TWINS)} ({len(BROKEN)} files skipped)" in said and "Done." in said
+    generate("--image", "odd", "--mode", "reconstruct")
+    assert capsys.readouterr().out.count("Skipped ") == len(BROKEN)
+
+
+def test_odd_photos_of_real_life(workplace, capsys):
+    if not SHARED.is_dir():
+        pytest.skip("needs a folder of photos that is not part of this project")
+    run("--data", str(SHARED), "--epochs", "1")
+    said = capsys.readouterr()
+    broken = ("bitrot.jpg", "empty.jpg", "text_named.jpg", "truncated_60pct.jpg")
+    assert f"Photos      {len(list(SHARED.iterdir())) - len(broken)} ({len(broken)} files skipped)" in said.out
+    for name in broken:
+        assert len(re.findall(rf"Skipped: \S+/{name} cannot be read as an image \(.*\)\.\n", said.out)) == 1
+    assert said.err == ""
+    turned = [np.asarray(read_image(SHARED / f"exif_{k}_1382x1868.jpg", size=150)).astype(int) for k in (2, 3, 6, 8)]
+    assert all(np.abs(photo - turned[0]).mean() < 4 for photo in turned)
+
+
+def test_names_that_are_no_text(tmp_path):
+    for script in ("vae.py", "train.py", "genpic.py"):
+        (tmp_path / script).write_bytes((ROOT / script).read_bytes())
+    data = draw_faces(tmp_path / "faces", 3) / "face 000.jpg"
+    names = ["line\nbreak", "two  spaces ", "-rf $(touch run) `touch run`", "\N{GRINNING FACE}", "\x1b[31mred\t\r"]
+    for name in [*names, os.fsdecode(b"bytes \xff\xfe")] if sys.platform == "linux" else names:
+        (tmp_path / f"faces/{name}.jpg").write_bytes(data.read_bytes())
+        (tmp_path / f"faces/broken {name}.jpg").write_bytes(b"")
+    count = len(list(tmp_path.glob("faces/broken*")))
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    train_it = f"train.py {' '.join(SMALL)} --epochs 1 --data faces"
+    show_it = "genpic.py --checkpoint checkpoints_best/vae_model_1.pth --image faces"
+    for command, named in ((train_it, count), (f"{show_it} --mode reconstruct", count), (show_it, -1)):
+        arguments, environment = [sys.executable, *command.split()], os.environ | plain
+        done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and done.stderr == ""
+        lines = re.findall(r"^Skipped.* faces/broken [ -~]+ cannot be read as an image [ -~]+$", done.stdout, re.M)
+        assert len(lines) == named or "Photo       faces/\\x1b[31mred\\t\\r.jpg, the first" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_links_that_lead_nowhere_or_in_circles(workplace, capsys):
+    for link, target in (("loop.jpg", "loop.jpg"), ("nowhere.jpg", "nothing.jpg"), ("back", ".."), ("self", ".")):
+        Path("faces", link).symlink_to(target)
+    run("--epochs", "1")
+    said = capsys.readouterr().out
+    assert "Skipped: faces/loop.jpg cannot be read" in said and "Skipped: faces/nowhere.jpg does not exist" in said
+    assert "Photos      40 (2 files skipped)" in said
+
+
+def test_what_may_not_be_opened_is_named_until_it_may(unprivileged, capsys):
+    Path("faces/locked").mkdir()
+    Path("faces/face 000.jpg").rename("faces/locked/face.jpg")
+    for path in ("faces/locked", "faces/face 001.jpg"):
+        Path(path).chmod(0)
+    run("--epochs", "1")
+    said = capsys.readouterr().out
+    assert "Skipped: faces/locked cannot be opened (Permission denied).\n" in said
+    assert "Skipped: faces/face 001.jpg cannot be read" in said and "Photos      38 (1 files skipped)" in said
+    for path in ("faces/locked", "faces/face 001.jpg"):
+        Path(path).chmod(0o755)
+    run("--epochs", "1")
+    said = capsys.readouterr().out
+    assert "Skipped" not in said and "Photos      40, kept" in said
+
+
+@pytest.mark.parametrize("kind", ["broken", "whole"])
+def test_archives_are_no_folder_of_photos_yet(workplace, capsys, kind):
+    with zipfile.ZipFile("photos.zip", "w") as archive:
+        archive.write("faces/face 000.jpg")
+    if kind == "broken":
+        os.truncate("photos.zip", 500)
+    code, said = refusal(run, capsys, "--data", "photos.zip")
+    assert code == 2 and "photos.zip is not a folder" in said and "unpack it first" in said
+
+
+class Hang(BaseException):
+    """Not to be taken for an error that a decoder met."""
+
+
+def mutation(data, dice):
+    """Return the bytes of a file after one of the accidents that happen to files."""
+    data, place = bytearray(data), dice.randrange(len(data))
+    match dice.randrange(4):
+        case 0:  # single bytes
+            for _ in range(dice.choice([1, 3, 20])):
+                data[dice.randrange(len(data))] = dice.randrange(256)
+        case 1:  # its header, where sizes are
+            data[dice.randrange(min(64, len(data)))] ^= dice.randrange(1, 256)
+        case 2:  # a hole
+            data[place : place + dice.choice([1, 16, 512])] = bytes(dice.choice([1, 16, 512]))
+        case 3:
+            del data[place:]
+    return bytes(data)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no timer of this kind")
+@pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_mutated_photos_are_an_image_or_the_one_error(count, tmp_path, capfd):
+    import signal
+
+    def hang(*_):
+        raise Hang
+
+    names = ("exif 6.jpg", "progressive.jpg", "cmyk.jpg", "RGBA.png", "palette with holes.png", "lossy.webp")
+    names += ("RGBA.webp", "two frames.webp", "two frames.gif", "palette with holes.gif", "lzw.tiff", "RGBA.tiff")
+    outcomes, before = collections.Counter(), signal.signal(signal.SIGPROF, hang)
+    try:
+        for number in range(count):
+            dice, name = random.Random(number), names[number % len(names)]
+            path = tmp_path / f"{number} {name}"
+            path.write_bytes(mutation(TWINS[name][0], dice))
+            signal.setitimer(signal.ITIMER_PROF, 2)  # seconds that the processor is at work
+            try:
+                image = read_image(path, dice.choice([1, 3]), dice.choice([None, 32, 150]))
+                outcomes[image.mode] += 1
+            except UserError as error:
+                assert error.code == 1 and str(error).startswith(f"{path} cannot be read as an image (")
+                outcomes["refused"] += 1
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+    assert capfd.readouterr().err == ""  # libtiff has much to say
+    print(dict(outcomes))
+    assert sum(outcomes.values()) == count and set(outcomes) == {"RGB", "L", "refused"}
+    assert outcomes["refused"] > count / 4
