@@ -741,8 +741,8 @@ def describe_run(model, device, run, train_set, val_set):
     number = f"{processes()} processes, each on " if processes() > 1 else ""
     print(f"Device      {number}{device} ({name}), {precision}")
     if RESUME:
-        rest = f"and {run['step']} steps of the next" if run["epoch"] < EPOCHS else "the last: this run is finished"
-        print(f"Resuming    after epoch {run['epoch']} of {EPOCHS}, {rest}")
+        rest = f" and {run['step']} steps of the next" if run["epoch"] < EPOCHS else ", the last: this run is finished"
+        print(f"Resuming    after epoch {run['epoch']} of {EPOCHS}{rest}")
     sys.stdout.flush()  # an epoch may take hours, and a log file should tell of it from the start
 
 

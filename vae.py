@@ -227,7 +227,11 @@ def find_images(folder, without=None):
 @contextmanager
 def muted():
     """Have C libraries print nothing: libtiff would tell of every broken photo in words of its own."""
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        stderr = os.dup(2)
+    except OSError:  # a program with windows may have none
+        stderr = os.dup(nowhere)
     os.dup2(nowhere, 2)
     try:
         yield
@@ -278,11 +282,11 @@ def save_grid(images, path, columns):
     grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=1)
     pixels = (grid[: images.shape[1]] * 255).round().byte()
     picture = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())
-    try:
-        with atomic_write(path) as file:
+    with atomic_write(path) as file:
+        try:
             picture.save(file, Image.registered_extensions()[Path(path).suffix.lower()], quality=95)
-    except ValueError as error:
-        raise UserError(f"{path} cannot hold {picture.width}x{picture.height} pixels ({error}).") from None
+        except (LookupError, ValueError, OSError) as error:  # of no such format, WebP and JPEG
+            raise UserError(f"{path} cannot hold {picture.width}x{picture.height} pixels ({error}).") from None
 
 
 def latent_noise(seed, count, latent_dim):
@@ -305,7 +309,8 @@ def partial_file(path, size):
         yield partial
         os.replace(partial, path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): it takes {size / 1e6:,.2f} MB.") from None
+        why = error.strerror or error
+        raise UserError(f"{path} cannot be written ({why}): it takes {size / 1e6:,.2f} MB.") from None
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)

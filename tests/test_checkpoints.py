@@ -72,6 +72,7 @@ def test_no_pickle_is_executed(hostile, capsys, monkeypatch):
         code, said = refusal(run, capsys, "--resume", "--epochs", "8")
         assert code == 1 and "last.pth" in said
     assert not Path("executed").exists()
+    print(f"\nCount: {len(files)} hostile pickles refused, by both scripts")
     with pytest.raises(UserError, match=r"it asks for os.system|posix.system, and nothing in a file is ever called"):
         load_checkpoint("os.system 1.pth")
 
@@ -221,9 +222,9 @@ def test_a_damaged_checkpoint_is_refused_or_as_good_as_new(count, trained, tmp_p
             loaded = load_checkpoint(path)[0].state_dict()
         except UserError as error:
             assert str(error).startswith(f"{path} ") and error.code == 1 and "\n" not in str(error)
-            outcomes[kind, "refused"] += 1
+            outcomes[f"{kind} and refused"] += 1
         else:  # the bytes between the records, and what is told of them twice, mean nothing
             assert all(torch.equal(loaded[name], state[name]) for name in state)
-            outcomes[kind, "as good as new"] += 1
-    print(dict(outcomes))
-    assert outcomes["cut", "refused"] == count / 5 and outcomes["flipped", "refused"] > 0.6 * count
+            outcomes[f"{kind} and as good as new"] += 1
+    print(f"\nCount: {count} damaged checkpoints: {dict(outcomes)}")
+    assert outcomes["cut and refused"] == count / 5 and outcomes["flipped and refused"] > 0.6 * count

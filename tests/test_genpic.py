@@ -185,7 +185,8 @@ def test_the_picture_is_in_the_format_of_its_ending(workplace):
         ("--output grid.xyz", 2, ".webp"),
         ("--output grid", 2, ".webp"),
         ("--output folder.jpg", 2, "it is a folder"),
-        ("--output grid.webp --num-variations 3000", 1, "cannot hold 206x"),
+        ("--output grid.webp --num-variations 3000", 1, ": grid.webp cannot hold 206x"),
+        ("--output grid.jpg --num-variations 12000", 1, ": grid.jpg cannot hold 206x"),
     ],
 )
 def test_refusals(flags, code, words, workplace, capsys):
@@ -231,7 +232,7 @@ def test_a_full_disk_leaves_the_old_picture(workplace, capsys):
     with files_of_at_most(1000):
         for name in ("grid.png", "other.jpg"):
             code, said = refusal(generate, capsys, "--output", f"new folder/{name}", "--w", "0.5")
-            assert code == 1 and f"new folder/{name} cannot be written (File too large): it takes 0.0" in said
+            assert code == 1 and f": new folder/{name} cannot be written (File too large): it takes 0.0" in said
     assert Path("new folder/grid.png").read_bytes() == before and len(list(Path("new folder").iterdir())) == 1
     generate("--output", "new folder/grid.png", "--w", "0.5")
     assert Path("new folder/grid.png").read_bytes() != before

@@ -300,6 +300,6 @@ def test_mutated_photos_are_an_image_or_the_one_error(count, tmp_path, capfd):
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
     assert capfd.readouterr().err == ""  # libtiff has much to say
-    print(dict(outcomes))
+    print(f"\nCount: {count} mutated photos: {dict(outcomes)}")
     assert sum(outcomes.values()) == count and set(outcomes) == {"RGB", "L", "refused"}
     assert outcomes["refused"] > count / 4
