@@ -72,7 +72,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_as_if_it_never_was(whole, ki
         out = Path(f"killed {number}")
         process = fork(run, *RUN, "--output-dir", str(out))
         wait_for(out / "last.pth")
-        time.sleep(random.Random(number).random() * 0.8 * duration)
+        time.sleep(random.Random(number).random() * 0.7 * duration)
         process.kill()
         process.join()
         moments.append(process.exitcode)
@@ -99,7 +99,7 @@ class DieWriting:
 
 
 @in_linux
-@pytest.mark.parametrize("number", [pytest.param(k, marks=pytest.mark.slow if k > 1 else ()) for k in range(16)])
+@pytest.mark.parametrize("number", [pytest.param(k, marks=pytest.mark.slow if k > 1 else ()) for k in range(17)])
 def test_a_run_that_is_killed_while_it_writes_goes_on_as_if_it_never_was(whole, monkeypatch, number):
     die = DieWriting(number)
     with monkeypatch.context() as patch:
