@@ -191,7 +191,8 @@ def load_photos(paths, names, device):
         with claimed(cache.parent, need, wait=True):
             if not is_whole(cache):  # another run may have built it meanwhile
                 build_cache(paths, cache)
-    photos = torch.from_numpy(np.memmap(cache, np.uint8, mode="r+").reshape(-1, IMAGE_SIZE, IMAGE_SIZE, CHANNELS))
+    with warnings.catch_warnings(action="ignore"):  # that nothing may be written to it, for nothing is
+        photos = torch.from_numpy(np.memmap(cache, np.uint8, "r").reshape(-1, IMAGE_SIZE, IMAGE_SIZE, CHANNELS))
     skipped = f" ({len(paths) - len(photos)} files skipped)" if len(paths) > len(photos) else ""
     print(f"Photos      {len(photos):,}{skipped}, kept as {cache} ({photos.nbytes / 1e6:,.0f} MB)")
     if len(photos) < 2 * processes() + 1:
@@ -225,7 +226,8 @@ def photo_size():
 
 def is_whole(cache):
     """Whether a file of decoded photos is there, and ends with a whole one."""
-    return cache.exists() and cache.stat().st_size > 0 and cache.stat().st_size % photo_size() == 0
+    size = cache.stat().st_size if cache.exists() else 0
+    return size > 0 and size % photo_size() == 0
 
 
 class Decoder(Dataset):
@@ -449,7 +451,8 @@ def train_epoch(network, optimizer, photos, train_set, run, stopping):
                 break
             step = run["epoch"] * len(batches) + run["step"]
             progress = (step + 0.5) / (EPOCHS * len(batches))
-            sums += (figures := train_step(network, optimizer, images, len(batch), step, progress))
+            figures = train_step(network, optimizer, images, len(batch), step, progress)
+            sums += figures
             losses.append(figures[0])
             run["step"] += 1
             if len(losses) == 50:  # to look at each would have the GPU wait for it
@@ -462,16 +465,19 @@ def train_epoch(network, optimizer, photos, train_set, run, stopping):
 
 def check_losses(losses, run):
     """Raise UserError where a loss is not finite, given those of the run's last steps; each process gives its own."""
-    bad = (~summed(torch.stack(losses)).isfinite()).nonzero() if losses else []
-    if len(bad):
-        step = run["step"] - len(losses) + bad[0].item() + 1
+    if not losses:
+        return
+    bad = ~summed(torch.stack(losses)).isfinite()
+    if bad.any():
+        step = run["step"] - len(losses) + bad.int().argmax().item() + 1
         with first_process_first():
             raise diverged(f"The loss of step {step} of epoch {run['epoch'] + 1} is not finite")
 
 
 def diverged(what):
-    """Return the UserError that ends a run in which figures grow out of bounds; `what` is a sentence about them."""
-    return UserError(f"{what}: lower LEARNING_RATE ({LEARNING_RATE:g}). {last_path()} keeps the last good weights.")
+    """Return the UserError that ends a run in which figures grow out of bounds; `what` tells which."""
+    advice = f"start anew with a LEARNING_RATE below {LEARNING_RATE:g}"
+    return UserError(f"{what}: {advice}; {last_path()} keeps the last good weights.")
 
 
 @torch.inference_mode()
@@ -536,14 +542,15 @@ def finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, sp
     fit_prior(model, photos, train_set, device)
     best = row["val_loss"] < min((earlier["val_loss"] for earlier in run["history"]), default=math.inf)
     run |= {"epoch": epoch, "step": 0, "sums": torch.zeros(4), "history": [*run["history"], row]}
-    if rank() == 0:
-        if best:
-            keep_previous(checkpoint_path(), run["id"])
-            save_checkpoint(checkpoint_path(), model, run=run["id"], constants=settings, **row)
-        save_pictures(model, next(load_batches(photos, [val_set[:8]], device)), out / f"progress/epoch_{epoch:02d}")
-        save_history(run["history"], out / "history.csv")
-        plot_history(run["history"], out / "loss_curves.png")
-        save_last(model, optimizer, run, settings)
+    with first_process_first():
+        if rank() == 0:
+            if best:
+                keep_previous(checkpoint_path(), run["id"])
+                save_checkpoint(checkpoint_path(), model, run=run["id"], constants=settings, **row)
+            save_pictures(model, next(load_batches(photos, [val_set[:8]], device)), out / f"progress/epoch_{epoch:02d}")
+            save_history(run["history"], out / "history.csv")
+            plot_history(run["history"], out / "loss_curves.png")
+            save_last(model, optimizer, run, settings)
     print(epoch_line(row, best), flush=True)
 
 
@@ -596,7 +603,7 @@ def save_last(model, optimizer, run, settings):
 def save_history(history, path):
     """Write the figures of all epochs as CSV, a line per epoch."""
     with atomic_write(path) as file:
-        text = io.TextIOWrapper(file, newline="", write_through=True)
+        text = io.TextIOWrapper(file, newline="")
         writer = csv.DictWriter(text, history[0])
         writer.writeheader()
         writer.writerows(history)
@@ -646,7 +653,8 @@ def check_settings():
     require(0 <= VAL_FRACTION < 1, "VAL_FRACTION", VAL_FRACTION, "at least 0 and less than 1")
     require(SEED >= 0, "SEED", SEED, "at least 0")
     require(COMPILE in ("auto", "yes", "no"), "COMPILE", COMPILE, '"auto", "yes" or "no"')
-    require(Path(DATA).resolve() != Path(OUTPUT_DIR).resolve(), "OUTPUT_DIR", OUTPUT_DIR, "another folder than DATA")
+    others = [Path(folder).resolve() for folder in (DATA, "data/cache")]
+    require(Path(OUTPUT_DIR).resolve() not in others, "OUTPUT_DIR", OUTPUT_DIR, "no folder of photos or their cache")
     if processes() > 1:
         require(DEVICE in ("auto", "cpu", "cuda"), "DEVICE", DEVICE, '"auto", "cpu" or "cuda" for several processes')
         started, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
@@ -672,16 +680,16 @@ def claimed(folder, hint, wait=False):
         tempfile.TemporaryFile(dir=folder).close()  # not everybody who may open the lock of a folder may write there
         lock.acquire(timeout=0)
     except Timeout:
-        busy = f"Another run is at work in {folder}"
         if not wait:
-            raise UserError(f"{busy}: wait for its end, or {hint}.") from None
-        print(f"{busy}: waiting for its end.", flush=True)
+            raise UserError(f"Another run is at work in {folder}: wait for its end, or {hint}.") from None
+        print(f"Another run is writing to {folder}: waiting until it has.", flush=True)
         lock.acquire()
     except OSError as error:
         raise UserError(f"{folder} cannot be written to ({error.strerror}): {hint}.", 2) from None
     try:
         for half in [*folder.glob(".partial-*"), *folder.glob("progress/.partial-*")]:
-            half.unlink()
+            with suppress(OSError):  # it may be a folder, or gone
+                half.unlink()
         yield
     finally:
         lock.release()
@@ -707,7 +715,7 @@ def resume_run(model, optimizer, settings, photos):
     try:
         model.load_state_dict(saved.state_dict())
         load_moments(optimizer, info["optimizer"]["state"])
-    except (LookupError, TypeError, ValueError, RuntimeError):
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
         raise UserError(f"{last_path()} does not hold the weights and moments of its own settings.") from None
     return run
 
@@ -717,8 +725,9 @@ def is_state(run):
     kinds = {name: type(value) for name, value in new_run("").items()}
     if type(run) is not dict or {name: type(value) for name, value in run.items()} != kinds:
         return False
-    rows = [row["epoch"] for row in run["history"] if type(row) is dict and {"epoch", "val_loss"} <= row.keys()]
-    return rows == list(range(1, run["epoch"] + 1)) and run["step"] >= 0 and run["sums"].shape == (4,)
+    rows = [row for row in run["history"] if type(row) is dict and {type(v) for v in row.values()} <= {int, float}]
+    epochs = [row["epoch"] for row in rows if {"epoch", "val_loss"} <= row.keys() == rows[0].keys()]
+    return epochs == list(range(1, run["epoch"] + 1)) and run["step"] >= 0 and run["sums"].shape == (4,)
 
 
 def load_moments(optimizer, moments):
@@ -776,7 +785,8 @@ def stop_requests():
         received.append(number)
         restore()
         if rank() == 0:
-            print("\nStopping after this step; once more stops at once.", file=sys.stderr)
+            with suppress(OSError, RuntimeError):  # of a terminal that is gone, or in the midst of printing
+                print("\nStopping after this step; once more stops at once.", file=sys.stderr)
 
     def signal_received():
         """The signal that came, or 0; all processes get the same answer, so that they stop at the same step."""
@@ -804,7 +814,7 @@ def explained_errors():
         if "DataLoader worker" in str(error):
             raise UserError("A process that decodes photos has been ended from outside: is memory short?") from None
         if isinstance(error, distributed.DistError) or "gloo" in str(error):
-            raise UserError("Another process of the run has ended; --resume goes on after the last epoch.") from None
+            raise UserError("Another process of the run has ended; --resume takes up its last whole epoch.") from None
         raise
 
 

@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import re
+import signal
 import sys
 import typing
 import warnings
@@ -25,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 from torchvision.utils import make_grid
@@ -249,6 +250,8 @@ def read_image(path, channels=CHANNELS, size=None):
     would take more than MAX_PIXELS.
     """
     try:
+        if Path(path).is_fifo():
+            raise ValueError("a pipe, which may never end")
         with warnings.catch_warnings(action="ignore"), muted(), Image.open(path, formats=image_formats()) as image:
             if size:
                 image.draft(None, (4 * size, 4 * size))
@@ -264,7 +267,8 @@ def read_image(path, channels=CHANNELS, size=None):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.", 2) from None
     except Exception as error:  # on a broken file Pillow's decoders raise whatever they stumble over
-        raise UserError(f"{path} cannot be read as an image ({error}).") from None
+        why = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{path} cannot be read as an image ({why}).") from None
 
 
 def paired(originals, reconstructions, columns):
@@ -307,6 +311,8 @@ def partial_file(path, size):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())  # or after a power cut there might be the name without the contents
         os.replace(partial, path)
     except OSError as error:
         why = error.strerror or error
@@ -467,8 +473,11 @@ def script(main):
     @functools.wraps(main)
     def run(argv=None):
         constants = {name: value for name, value in names.items() if name.isupper()}
+        before = signal.getsignal(signal.SIGTERM)
         with suppress(AttributeError):  # of a notebook, which prints everything anyway
             sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+        with suppress(ValueError):  # of other threads, which get no signals
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # clears half files away
         try:
             main(argv)
         except KeyboardInterrupt:
@@ -478,6 +487,8 @@ def script(main):
             raise SystemExit(getattr(error, "code", 1)) from None
         finally:
             names.update(constants)
+            with suppress(ValueError, TypeError):
+                signal.signal(signal.SIGTERM, before)
 
     return run
 

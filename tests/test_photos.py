@@ -217,6 +217,15 @@ def test_names_that_are_no_text(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="has no named pipes")
+def test_a_pipe_is_never_waited_for(workplace, capsys):
+    os.mkfifo("faces/a pipe.jpg")
+    run("--epochs", "1")
+    generate()
+    said = capsys.readouterr().out
+    assert said.count("faces/a pipe.jpg cannot be read as an image (a pipe, which may never end).") == 2
+
+
 def test_links_that_lead_nowhere_or_in_circles(workplace, capsys):
     for link, target in (("loop.jpg", "loop.jpg"), ("nowhere.jpg", "nothing.jpg"), ("back", ".."), ("self", ".")):
         Path("faces", link).symlink_to(target)
@@ -240,6 +249,12 @@ def test_what_may_not_be_opened_is_named_until_it_may(unprivileged, capsys):
     run("--epochs", "1")
     said = capsys.readouterr().out
     assert "Skipped" not in said and "Photos      40, kept" in said
+
+
+def test_photos_that_somebody_else_has_decoded(unprivileged):
+    next(Path("data/cache").glob("*.u8")).chmod(0o444)
+    Path("data/cache").chmod(0o555)
+    run("--epochs", "1")
 
 
 @pytest.mark.parametrize("kind", ["broken", "whole"])

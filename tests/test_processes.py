@@ -45,6 +45,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     draw_faces(folder / "faces", 36)
     (folder / "recorder.py").write_text(RECORDER)
+    (folder / "taken").mkdir()
+    (folder / "taken/progress").touch()  # where there should be a folder
     return folder
 
 
@@ -62,7 +64,7 @@ def runs(folder):
     said = []
     for count in (1, 2):
         process = start(folder, count, "recorder.py", *RUN, "--output-dir", f"by {count}")
-        said.append(process.communicate(timeout=100)[0])
+        said.append(process.communicate(timeout=300)[0])
         assert process.returncode == 0
     names = ("by 1/0.pt", "by 2/0.pt", "by 2/1.pt")
     return *(torch.load(folder / name) for name in names), said
@@ -120,15 +122,15 @@ def last_child(process):
 def test_a_run_of_two_of_which_one_is_stopped_goes_on_as_if_it_never_stopped(folder):
     flags = [*SMALL, "--data", "faces", "--epochs", "12"]
     whole = start(folder, 2, ROOT / "train.py", *flags, "--output-dir", "whole")
-    assert whole.wait(timeout=100) == 0
+    assert whole.wait(timeout=300) == 0
     process = start(folder, 2, ROOT / "train.py", *flags, "--output-dir", "parts")
     while "Epoch  3/" not in process.stdout.readline():
         assert process.poll() is None
     os.kill(last_child(process), signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=300)
     assert "To go on: torchrun --nproc-per-node 2 train.py" in said
     again = start(folder, 2, ROOT / "train.py", *flags, "--output-dir", "parts", "--resume")
-    assert again.wait(timeout=100) == 0
+    assert again.wait(timeout=300) == 0
     states, histories = [], []
     for name in ("whole", "parts"):
         model, info = vae.load_checkpoint(folder / name / "last.pth")
@@ -145,8 +147,8 @@ def test_a_process_that_dies_ends_the_run_with_a_message(folder):
     while "Epoch  3/" not in process.stdout.readline():
         assert process.poll() is None
     os.kill(last_child(process), signal.SIGKILL)
-    _, complaints = process.communicate(timeout=60)
-    assert process.returncode != 0 and "Another process of the run has ended; --resume goes on" in complaints
+    _, complaints = process.communicate(timeout=300)
+    assert process.returncode != 0 and "Another process of the run has ended; --resume takes up" in complaints
     assert vae.load_checkpoint(folder / "dying/last.pth")[1]["state"]["epoch"] >= 3
 
 
@@ -156,12 +158,13 @@ def test_a_process_that_dies_ends_the_run_with_a_message(folder):
         (["--batch-size", "9"], "BATCH_SIZE is 9: it must be at least 4 and a multiple of 2, the number of processes."),
         (["--batch-size", "2"], "BATCH_SIZE is 2: it must be at least 4 and a multiple of 2, the number of processes."),
         (["--data", "nowhere"], "nowhere does not exist"),
+        (["--output-dir", "taken"], "taken/progress/epoch_01_reconstructions.png cannot be written"),
         (["--learning-rate", "1e12"], "The loss of step 2 of epoch 1 is not finite"),
     ],
 )
 def test_what_cannot_be_is_said_once(folder, flags, sentence):
     process = start(folder, 2, ROOT / "train.py", *RUN, *flags)
-    said, complaints = process.communicate(timeout=60)
+    said, complaints = process.communicate(timeout=300)
     assert (
         process.returncode != 0
         and "Done" not in said
