@@ -203,8 +203,8 @@ def load_photos(paths, names, device):
 
 
 def digest(lines):
-    """Return a short name (16 hexadecimal digits) of a list of texts, another one for any other list."""
-    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
+    """Return a short name (16 hexadecimal digits) of a list of names of files, another one for any other list."""
+    return hashlib.sha256("\0".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def cache_path(paths, names):
@@ -440,7 +440,7 @@ def train_epoch(network, optimizer, photos, train_set, run, stopping):
     shuffled = train_set[torch.from_numpy(order).to(train_set.device)]
     batches = [batch for batch in shuffled.split(BATCH_SIZE) if len(batch) >= 2 * processes()]  # BatchNorm needs two
     device = next(network.parameters()).device
-    sums = run["sums"].to(device) * (rank() == 0)  # those of all processes, from before the run was stopped
+    sums = torch.tensor(run["sums"], device=device) * (rank() == 0)  # those of all processes, from before a stop
 
     first, start, losses = run["step"], time.perf_counter(), []
     images_of_steps = load_batches(photos, map(share, batches[first:]), device)
@@ -459,7 +459,7 @@ def train_epoch(network, optimizer, photos, train_set, run, stopping):
                 check_losses(losses, run)
                 losses.clear()
     check_losses(losses, run)
-    run["sums"] = summed(sums)  # waits for the GPU to be done
+    run["sums"] = summed(sums).tolist()  # waits for the GPU to be done
     return sum(map(len, batches[first : run["step"]])) / (time.perf_counter() - start)
 
 
@@ -523,7 +523,7 @@ def fit_prior(model, photos, train_set, device):
 def finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, speed):
     """Validate, fit the prior and write the files of an epoch, last.pth last: all it tells of is then there."""
     device, epoch, out = model.latent_mean.device, run["epoch"] + 1, Path(OUTPUT_DIR)
-    *sums, seen = run["sums"].tolist()
+    *sums, seen = run["sums"]
     if processes() > 1:  # on CPUs each has seen other photos, and the checkpoint will hold the buffers of process 0
         for buffer in model.buffers():
             distributed.broadcast(buffer, 0)
@@ -541,7 +541,7 @@ def finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, sp
             raise diverged(f"The validation loss of epoch {epoch} is not finite")
     fit_prior(model, photos, train_set, device)
     best = row["val_loss"] < min((earlier["val_loss"] for earlier in run["history"]), default=math.inf)
-    run |= {"epoch": epoch, "step": 0, "sums": torch.zeros(4), "history": [*run["history"], row]}
+    run |= {"epoch": epoch, "step": 0, "sums": [0.0] * 4, "history": [*run["history"], row]}
     with first_process_first():
         if rank() == 0:
             if best:
@@ -598,6 +598,11 @@ def save_last(model, optimizer, run, settings):
     under_way = (0, 0) < (run["epoch"], run["step"]) < (EPOCHS, 0)
     info = {"run": run["id"], "resumable": under_way, "constants": settings, "state": run}
     save_checkpoint(last_path(), model, optimizer=optimizer.state_dict(), **info)
+
+
+FIGURES = {"epoch", "images_per_second", "val_squared_error", "val_psnr"} | {  # of an epoch, as history.csv has them
+    f"{split}_{figure}" for split in ("train", "val") for figure in ("loss", "reconstruction", "kl")
+}
 
 
 def save_history(history, path):
@@ -697,14 +702,14 @@ def claimed(folder, hint, wait=False):
 
 def new_run(photos):
     """Return the state of a run that has yet to take its first step; `photos` is a text that tells its photos apart."""
-    return {"id": uuid.uuid4().hex, "photos": photos, "epoch": 0, "step": 0, "sums": torch.zeros(4), "history": []}
+    return {"id": uuid.uuid4().hex, "photos": photos, "epoch": 0, "step": 0, "sums": [0.0] * 4, "history": []}
 
 
 def resume_run(model, optimizer, settings, photos):
     """Return the state of the run in last.pth, and set model and optimizer to its; UserError where it cannot go on."""
     saved, info = load_checkpoint(last_path())
     run, then = info.get("state"), info.get("constants")
-    if not (is_state(run) and isinstance(then, dict)):
+    if not is_state(run, then):
         raise UserError(f"{last_path()} is not the last.pth of a run: there is nothing in it to resume.")
     then, now = then | {"photos": run["photos"]}, settings | {"photos": photos}
     free = {"RESUME", "DATA", "OUTPUT_DIR", "DEVICE", "AMP", "COMPILE"}  # may change between the sessions of a run
@@ -715,19 +720,24 @@ def resume_run(model, optimizer, settings, photos):
     try:
         model.load_state_dict(saved.state_dict())
         load_moments(optimizer, info["optimizer"]["state"])
-    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
+    except Exception:  # whatever the file holds in their place
         raise UserError(f"{last_path()} does not hold the weights and moments of its own settings.") from None
     return run
 
 
-def is_state(run):
-    """Whether `run`, as a file held it, is the state of a run."""
+def is_state(run, constants):
+    """Whether these, as a file held them, are the state of a run and the constants it began with."""
     kinds = {name: type(value) for name, value in new_run("").items()}
     if type(run) is not dict or {name: type(value) for name, value in run.items()} != kinds:
         return False
-    rows = [row for row in run["history"] if type(row) is dict and {type(v) for v in row.values()} <= {int, float}]
-    epochs = [row["epoch"] for row in rows if {"epoch", "val_loss"} <= row.keys() == rows[0].keys()]
-    return epochs == list(range(1, run["epoch"] + 1)) and run["step"] >= 0 and run["sums"].shape == (4,)
+    if not all(type(row) is dict and row.keys() == FIGURES for row in run["history"]) or type(constants) is not dict:
+        return False
+    lists = [value if type(value) is list else [value] for value in constants.values()]
+    numbers = [*run["sums"], *(figure for row in run["history"] for figure in row.values())]
+    plain = {*map(type, numbers)} <= {int, float} and {*map(type, itertools.chain(*lists))} <= {int, float, str, bool}
+    epochs = [row["epoch"] for row in run["history"]] == list(range(1, len(run["history"]) + 1))
+    steps = run["step"] >= 0 and len(run["sums"]) == 4 and (run["sums"][3] > 0) == (run["step"] > 0)
+    return plain and epochs and len(run["history"]) == run["epoch"] and steps and {*map(type, constants)} == {str}
 
 
 def load_moments(optimizer, moments):

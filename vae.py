@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import re
+import reprlib
 import signal
 import sys
 import typing
@@ -38,7 +39,7 @@ LATENT_DIM: int = 128  # numbers in a latent code; fewer give plainer pictures a
 HIDDEN_DIMS: list[int] = [32, 64, 128, 256, 512]  # channels of the encoder's stages; each halves the side
 
 LOG_VAR_RANGE = (-20.0, 10.0)  # exp() stays finite and positive, in float32 and in bfloat16
-MAX_PIXELS = 100_000_000  # of a photo in memory; what its header promises beyond that is never decoded
+MAX_PIXELS = 50_000_000  # of a photo in memory; one whose header tells of more is never decoded
 
 
 # The model
@@ -132,6 +133,8 @@ class VAE(nn.Module):
 
 def check_arguments(image_size, channels, hidden_dims, latent_dim):
     """Raise UserError, a ValueError, where the arguments of a VAE make no model."""
+    for name, value in (("IMAGE_SIZE", image_size), ("CHANNELS", channels), ("LATENT_DIM", latent_dim)):
+        require(isinstance(value, int), name, value, "a whole number")
     halvings = math.ceil(math.log2(max(image_size, 1)))
     require(16 <= image_size <= 512, "IMAGE_SIZE", image_size, "from 16 to 512 pixels")
     require(channels in (1, 3), "CHANNELS", channels, "3 (colour) or 1 (grey)")
@@ -199,9 +202,9 @@ def psnr(squared_error, pixels):
 # Pictures
 @functools.cache
 def image_formats():
-    """Names of the formats that Pillow decodes by itself; for the others it would start programs or needs plugins."""
+    """Names of the formats to read: not those for which Pillow starts programs, needs plugins or unpacks bombs."""
     Image.init()
-    return [name for name in Image.OPEN if name not in ("EPS", "WMF", "BUFR", "GRIB", "HDF5")]
+    return [name for name in Image.OPEN if name not in ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "FITS")]
 
 
 def find_images(folder, without=None):
@@ -255,11 +258,12 @@ def read_image(path, channels=CHANNELS, size=None):
         with warnings.catch_warnings(action="ignore"), muted(), Image.open(path, formats=image_formats()) as image:
             if size:
                 image.draft(None, (4 * size, 4 * size))
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS:,} are decoded")
+            pixels = image.width * image.height * max(1, (size or 1) / min(image.size)) ** 2  # if it is to be enlarged
+            if pixels > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, over {MAX_PIXELS:,} in memory")
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I") and np.asarray(image).max() > 255:  # 16 bits; convert() would clip them
-                image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -352,8 +356,8 @@ def save_checkpoint(path, model, **info):
 def load_checkpoint(path, device="cpu"):
     """Return (model in eval mode on `device`, info) from a file of save_checkpoint or of the model's forerunners.
 
-    Those are a bare state dict and a pickled whole module `vae.VAE`; their info is empty. Only tensors and plain Python
-    types are ever unpickled. Raises UserError where the file is none of these, damaged or missing.
+    Those are a bare state dict and a pickled whole module `vae.VAE`; their info is empty. Nothing that a file holds is
+    ever called. Raises UserError where the file is none of these, damaged or missing.
     """
     try:
         info = read_checkpoint(path)
@@ -363,10 +367,12 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"{path} is not a checkpoint: it {what_is_wrong(path, error)}.") from None
     try:
         if isinstance(info, Shell):
-            info = {"state_dict": nn.Module.state_dict(info), "config": getattr(info, "config", None)}
-        info = info if "state_dict" in info else {"state_dict": dict(info)}
-        state_dict = info.pop("state_dict")
-        with torch.device("meta"):  # weights of shapes alone, so that a file cannot ask for memory it does not fill
+            info = {"state_dict": weights_of(info), "config": vars(info).get("config")}
+        info = dict(info) if "state_dict" in info else {"state_dict": info}
+        state_dict = dict(info.pop("state_dict"))
+        if sum(weight.nbytes for weight in state_dict.values()) > os.path.getsize(path):
+            raise ValueError("its weights take more memory than the file")
+        with torch.device("meta"):  # as large as the file may say, for such weights take no memory
             model = VAE(**info.pop("config", None) or infer_config(state_dict))
         load_weights(model, state_dict)
     except Exception as error:  # whatever else the file holds, it is not what a VAE is made of
@@ -375,20 +381,32 @@ def load_checkpoint(path, device="cpu"):
 
 
 class Shell(nn.Module):
-    """What stands for the model and each of its layers in a pickled module: it holds weights, and can do nothing."""
+    """What stands for the model and each of its layers in a pickled module: it has their weights, not their methods."""
 
 
 def read_checkpoint(path):
-    """Return what torch.save has written to a file: tensors, plain Python types and, of a module, Shells."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            packed = any(member.compress_type for member in archive.infolist())  # torch.save does not, a bomb would
-            if packed or archive.testzip():  # torch.load does not look at the checksums
-                raise zipfile.BadZipFile
+    """Return what torch.save has written to a file: tensors, plain Python types and, in place of layers, Shells."""
+    data = Path(path).read_bytes()
+    if data.startswith(b"PK\3\4"):  # as torch.load tells a zip archive from the format before PyTorch 1.6
+        data = verified(data)
     layers = [nn.Sequential, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.LeakyReLU, nn.Linear, nn.Sigmoid]
     shells = [(Shell, f"{layer.__module__}.{layer.__name__}") for layer in layers]
-    with torch.serialization.safe_globals([(Shell, "vae.VAE"), *shells, set]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals([(Shell, "vae.VAE"), *shells, set]), warnings.catch_warnings(action="ignore"):
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def verified(data):
+    """Copy a zip archive (bytes), so that torch.load, which looks at no checksum, reads what has been checked."""
+    copy = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(copy, "w") as checked:
+        if sum(member.file_size for member in archive.infolist()) > len(data):
+            raise ValueError("torch.save compresses nothing, but a bomb would")
+        for name in dict.fromkeys(archive.namelist()):
+            try:
+                checked.writestr(name, archive.read(name))
+            except Exception:  # of the checksum, the compression, the encryption
+                raise zipfile.BadZipFile from None
+    return copy.getvalue()
 
 
 def what_is_wrong(path, error):
@@ -399,13 +417,22 @@ def what_is_wrong(path, error):
         return f"cannot be read ({error.strerror})"
     with open(path, "rb") as file:
         head = file.read(100)
+    if not head:
+        return "is empty"
     if head.startswith(b"PK"):
-        foreign = zipfile.is_zipfile(path) and not isinstance(error, zipfile.BadZipFile)
-        return "is a zip archive of something else" if foreign else "is damaged or cut short"
+        damaged = isinstance(error, (zipfile.BadZipFile, OSError))
+        return "is damaged or cut short" if damaged else "is a zip archive that torch.save has not written"
     if head.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, and `git lfs pull` fetches the file that it stands for"
-    text = head and not re.search(rb"[^\t\n\r -~\x80-\xff]", head)
-    return "is a text file" if text else "is in no format that can be read safely" if head else "is empty"
+    text = not re.search(rb"[^\t\n\r -~\x80-\xff]", head)
+    return "is a text file" if text else "is in no format that can be read safely"
+
+
+def weights_of(shell):
+    """Return the state dict of a pickled module, found without a call of anything that came with it."""
+    layers = {f"{path}.".lstrip("."): vars(layer) for path, layer in shell.named_modules()}
+    weights = {path: layer["_parameters"] | layer["_buffers"] for path, layer in layers.items()}
+    return {path + name: weight for path in weights for name, weight in weights[path].items()}
 
 
 def load_weights(model, state_dict):
@@ -413,16 +440,18 @@ def load_weights(model, state_dict):
 
     Raises ValueError at the first name or shape that differs and at weights that are not finite.
     """
-    expected, prior = model.state_dict(), {"latent_mean": torch.zeros, "latent_scale": torch.eye}
-    state_dict = {name: make(len(expected[name])) for name, make in prior.items()} | state_dict
+    expected = model.state_dict()
+    if "latent_mean" not in state_dict and "latent_scale" not in state_dict:
+        latent_dim = len(expected["latent_mean"])
+        state_dict |= {"latent_mean": torch.zeros(latent_dim), "latent_scale": torch.eye(latent_dim)}
     for name in expected | state_dict:
-        found, wanted = (tuple(ws[name].shape) if name in ws else "nothing" for ws in (state_dict, expected))
+        found = tuple(state_dict[name].shape) if name in state_dict else "nothing"
+        wanted = tuple(expected[name].shape) if name in expected else "nothing"
         if found != wanted:
             raise ValueError(f"{name} is {found} in the file and {wanted} in the model")
-        weight = state_dict[name]
-        if weight.untyped_storage().nbytes() < weight.numel() * weight.element_size():
-            raise ValueError(f"{name} takes more memory than the file")
-        state_dict[name] = weight.to(expected[name].dtype)
+        if not torch.can_cast(state_dict[name].dtype, expected[name].dtype):
+            raise ValueError(f"{name} is of {state_dict[name].dtype}")
+        state_dict[name] = state_dict[name].to(expected[name].dtype)
         if not state_dict[name].isfinite().all():
             raise ValueError(f"{name} is not finite")
     model.load_state_dict(state_dict, assign=True)
@@ -453,13 +482,13 @@ class UserError(ValueError):
 
 def printable(text):
     """Return a text as one line: what is no character to be seen, in the name of a file say, becomes its escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:2000])
 
 
 def require(holds, name, value, wanted):
     """Raise UserError where the constant `name` cannot be `value`."""
     if not holds:
-        raise UserError(f"{name} is {value!r}: it must be {wanted}.", 2)
+        raise UserError(f"{name} is {reprlib.repr(value)}: it must be {wanted}.", 2)
 
 
 def script(main):

@@ -145,6 +145,24 @@ def test_checkpoints_of_the_forerunners_load(tmp_path):
         torch.testing.assert_close([model.decode(mu), mu, log_var], expected)
 
 
+def test_weights_of_half_precision_become_float32(tmp_path):
+    model = vae.VAE(24, 1, [4, 8], 5).half()
+    vae.save_checkpoint(tmp_path / "half.pth", model)
+    loaded = load_checkpoint(tmp_path / "half.pth")[0]
+    assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.float32, torch.int64}
+    assert torch.equal(loaded.fc_mu.weight, model.fc_mu.weight.float())
+
+
+def test_only_the_weights_of_a_pickled_module_are_taken(tmp_path):
+    model = vae.VAE(24, 1, [4, 8], 5)
+    model.state_dict = model.load_state_dict = model.named_parameters = model.notes = "hidden"
+    model._state_dict_hooks[0] = model.encoder._load_state_dict_pre_hooks[0] = torch.nn.Linear(10**3, 1)
+    torch.save(model, tmp_path / "odd.pth")
+    loaded, info = load_checkpoint(tmp_path / "odd.pth")
+    assert info == {} and not {"state_dict", "notes"} & vars(loaded).keys() and not loaded._state_dict_hooks
+    assert torch.equal(loaded.fc_mu.weight, model.fc_mu.weight)
+
+
 # Checkpoints that are none
 def wrong_checkpoints():
     """Yield (name, bytes, what is said of them)."""
@@ -160,7 +178,8 @@ def wrong_checkpoints():
     draw_face(1).save(photo, "JPEG")
     with zipfile.ZipFile(photos, "w") as archive:
         archive.writestr("face.jpg", photo.getvalue())
-    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(repacked, "w", zipfile.ZIP_DEFLATED) as new:
+    bomb = saved({**state, "bomb": torch.zeros(10**6)})
+    with zipfile.ZipFile(io.BytesIO(bomb)) as old, zipfile.ZipFile(repacked, "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
             new.writestr(name, old.read(name))
     yield "empty", b"", not_read + "is empty."
@@ -169,8 +188,8 @@ def wrong_checkpoints():
     yield "pointer", pointer, "is a Git LFS pointer, and `git lfs pull` fetches the file"
     yield "cut", whole[:5000], not_read + "is damaged or cut short."
     yield "cut at its end", whole[:-30], not_read + "is damaged or cut short."
-    yield "packed", repacked.getvalue(), not_read + "is damaged or cut short."
-    yield "photos", photos.getvalue(), not_read + "is a zip archive of something else."
+    for name, archive in (("packed", repacked), ("photos", photos)):
+        yield name, archive.getvalue(), not_read + "is a zip archive that torch.save has not written."
     yield "photo", photo.getvalue(), not_read + "is in no format that can be read safely."
     yield "list", saved([1, 2]), "does not hold the weights of a VAE of this kind"
     yield "tensor", saved(torch.zeros(3)), "does not hold the weights of a VAE of this kind"
@@ -188,8 +207,22 @@ def wrong_checkpoints():
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in vae.VAE(**config).state_dict().items()}
     bomb = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
-    yield "bomb", saved({"config": config, "state_dict": bomb}), "takes more memory than the file)."
-    yield "config", saved({"config": {"image_size": "24"}, "state_dict": state}), "does not hold the weights of a VAE"
+    yield "bomb", saved({"config": config, "state_dict": bomb}), "(its weights take more memory than the file)."
+    for size in ("24", 24.0, [[()] * 99] * 99):
+        config = {**model.config, "image_size": size}
+        yield f"size {type(size)}", saved({"config": config, "state_dict": state}), "it must be a whole number.)."
+    yield (
+        "complex",
+        saved({**state, "fc_mu.bias": torch.zeros(5, dtype=torch.cfloat)}),
+        "(fc_mu.bias is of torch.complex64).",
+    )
+    shadowed = collections.OrderedDict(state_dict=state, config=[model.config])
+    shadowed.get = shadowed.pop = 5
+    yield "shadowed", saved(shadowed), "does not hold the weights of a VAE of this kind"
+    loop = torch.nn.Sequential(torch.nn.Sequential())
+    for _ in range(60):  # without a memory of where it was, 2 ** 60 layers to walk through
+        loop = torch.nn.Sequential(loop, loop)
+    yield "maze", saved(loop), "(it has no encoder.0.0.weight, but  and so on)."
 
 
 WRONG = {name: more for name, *more in wrong_checkpoints()}

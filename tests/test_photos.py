@@ -137,7 +137,8 @@ BROKEN = {
     "text.jpg": b"not a photo, says this text\n",
     "program.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",  # which Ghostscript would run
     "bomb.png": png(60_000, 60_000),
-    "large.png": png(10_001, 10_000),
+    "large.png": png(7_100, 7_100),
+    "wide.png": png(60_000, 1),  # small, but 4 gigabytes when its short side has 150 pixels
 }
 
 
@@ -147,7 +148,10 @@ def no_pixels(monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("pixels are decoded"))
 
 
-@pytest.mark.parametrize(("name", "words"), [("bomb.png", "3600000000 pixels"), ("large.png", "10001 x 10000 pixels")])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("bomb.png", "3600000000 pixels"), ("large.png", "7100 x 7100 pixels"), ("wide.png", "60000 x 1 pixels")],
+)
 def test_a_photo_of_too_many_pixels_is_refused_by_its_header(no_pixels, name, words, workplace, capsys):
     Path("bomb").mkdir()
     Path("bomb", name).write_bytes(BROKEN[name])
@@ -164,8 +168,20 @@ def test_a_jpeg_counts_by_the_pixels_that_are_decoded(tmp_path, monkeypatch):
     draw_face(5, size=(1600, 1400)).save(tmp_path / "face.jpg")
     monkeypatch.setattr(vae, "MAX_PIXELS", 10**6)
     assert read_image(tmp_path / "face.jpg", 3, 32).size == (200, 175)
-    with pytest.raises(UserError, match="1600 x 1400 pixels, at most 1,000,000 are decoded"):
+    with pytest.raises(UserError, match="1600 x 1400 pixels, over 1,000,000 in memory"):
         read_image(tmp_path / "face.jpg")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files there")
+def test_reading_leaves_no_file_open(tmp_path, capfd):
+    (tmp_path / "odd.jpg").write_bytes(BROKEN["truncated.jpg"])
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(UserError):
+            read_image(tmp_path / "odd.jpg")
+    assert len(os.listdir("/proc/self/fd")) == before
+    os.write(2, b"heard again")
+    assert capfd.readouterr().err == "heard again"
 
 
 def test_a_run_takes_what_can_be_read_and_names_the_rest(workplace, capsys):
@@ -205,7 +221,7 @@ def test_names_that_are_no_text(tmp_path):
         (tmp_path / f"faces/{name}.jpg").write_bytes(data.read_bytes())
         (tmp_path / f"faces/broken {name}.jpg").write_bytes(b"")
     count = len(list(tmp_path.glob("faces/broken*")))
-    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    plain = {"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "ascii"}
     train_it = f"train.py {' '.join(SMALL)} --epochs 1 --data faces"
     show_it = "genpic.py --checkpoint checkpoints_best/vae_model_1.pth --image faces"
     for command, named in ((train_it, count), (f"{show_it} --mode reconstruct", count), (show_it, -1)):
