@@ -21,7 +21,7 @@ import sys
 import typing
 import warnings
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -230,7 +230,7 @@ def find_images(folder, without=None):
 
 @contextmanager
 def muted():
-    """Have C libraries print nothing: libtiff would tell of every broken photo in words of its own."""
+    """Have libtiff print nothing: it would tell of every broken photo in words of its own."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         stderr = os.dup(2)
@@ -255,7 +255,11 @@ def read_image(path, channels=CHANNELS, size=None):
     try:
         if Path(path).is_fifo():
             raise ValueError("a pipe, which may never end")
-        with warnings.catch_warnings(action="ignore"), muted(), Image.open(path, formats=image_formats()) as image:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            Image.open(path, formats=image_formats()) as image,
+            muted() if image.format == "TIFF" else nullcontext(),
+        ):
             if size:
                 image.draft(None, (4 * size, 4 * size))
             pixels = image.width * image.height * max(1, (size or 1) / min(image.size)) ** 2  # if it is to be enlarged

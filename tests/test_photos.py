@@ -174,11 +174,11 @@ def test_a_jpeg_counts_by_the_pixels_that_are_decoded(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files there")
 def test_reading_leaves_no_file_open(tmp_path, capfd):
-    (tmp_path / "odd.jpg").write_bytes(BROKEN["truncated.jpg"])
+    (tmp_path / "odd.tiff").write_bytes(rotten(TWINS["lzw.tiff"][0]))
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         with pytest.raises(UserError):
-            read_image(tmp_path / "odd.jpg")
+            read_image(tmp_path / "odd.tiff")
     assert len(os.listdir("/proc/self/fd")) == before
     os.write(2, b"heard again")
     assert capfd.readouterr().err == "heard again"
