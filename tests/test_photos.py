@@ -260,11 +260,10 @@ def test_what_may_not_be_opened_is_named_until_it_may(unprivileged, capsys):
     said = capsys.readouterr().out
     assert "Skipped: faces/locked cannot be opened (Permission denied).\n" in said
     assert "Skipped: faces/face 001.jpg cannot be read" in said and "Photos      38 (1 files skipped)" in said
-    for path in ("faces/locked", "faces/face 001.jpg"):
+    for path, count in (("faces/face 001.jpg", 39), ("faces/locked", 40)):
         Path(path).chmod(0o755)
-    run("--epochs", "1")
-    said = capsys.readouterr().out
-    assert "Skipped" not in said and "Photos      40, kept" in said
+        run("--epochs", "1")
+        assert f"Photos      {count}, kept" in capsys.readouterr().out
 
 
 def test_photos_that_somebody_else_has_decoded(unprivileged):
