@@ -23,11 +23,19 @@ in_linux = pytest.mark.skipif(sys.platform != "linux", reason="starts processes 
 RUN = ["--epochs", "3", "--kl-warmup-epochs", "2"]  # 5 steps each
 
 
-def fork(call, *flags):
-    """Start a call in a process of its own, which has imported everything already."""
-    process = multiprocessing.get_context("fork").Process(target=call, args=flags)
-    process.start()
-    return process
+@pytest.fixture
+def fork():
+    """A function that starts a call in a process of its own, which has imported everything already."""
+    processes = []
+
+    def start(call, *flags):
+        processes.append(multiprocessing.get_context("fork").Process(target=call, args=flags))
+        processes[-1].start()
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
 
 
 def wait_for(path):
@@ -64,7 +72,7 @@ def whole(workplace):
 # Killed
 @in_linux
 @pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_at_any_moment_goes_on_as_if_it_never_was(whole, kills):
+def test_a_run_that_is_killed_at_any_moment_goes_on_as_if_it_never_was(whole, kills, fork):
     start, moments = time.perf_counter(), []
     fork(run, *RUN, "--output-dir", "timed").join()
     duration = time.perf_counter() - start
@@ -100,7 +108,7 @@ class DieWriting:
 
 @in_linux
 @pytest.mark.parametrize("number", [pytest.param(k, marks=pytest.mark.slow if k > 2 else ()) for k in range(17)])
-def test_a_run_that_is_killed_while_it_writes_goes_on_as_if_it_never_was(whole, monkeypatch, number):
+def test_a_run_that_is_killed_while_it_writes_goes_on_as_if_it_never_was(whole, monkeypatch, number, fork):
     die = DieWriting(number)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", lambda path, data: die(data, path))
@@ -115,7 +123,7 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_as_if_it_never_was(whole, 
 
 
 @in_linux
-def test_what_a_killed_run_has_left_is_kept_when_it_is_started_anew(workplace, capsys):
+def test_what_a_killed_run_has_left_is_kept_when_it_is_started_anew(workplace, capsys, fork):
     flags = ["--epochs", "100000", "--output-dir", "out"]
     process = fork(run, *flags)
     wait_for("out/progress/epoch_02_samples.png")
@@ -418,7 +426,7 @@ def test_what_is_not_ours_stays_in_the_folder_of_a_run(workplace):
 
 
 @in_linux
-def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(workplace, capsys):
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(workplace, capsys, fork):
     process = fork(run, "--epochs", "100000", "--output-dir", "shared")
     wait_for("shared/history.csv")
     code, said = refusal(run, capsys, "--epochs", "1", "--output-dir", "shared")
@@ -431,7 +439,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(wo
 
 
 @in_linux
-def test_two_runs_that_want_the_same_cache_decode_it_once(workplace, monkeypatch):
+def test_two_runs_that_want_the_same_cache_decode_it_once(workplace, monkeypatch, fork):
     draw_faces(workplace / "faces", 60)
 
     class Slow(train.Decoder):
@@ -451,7 +459,7 @@ def test_two_runs_that_want_the_same_cache_decode_it_once(workplace, monkeypatch
 
 @in_linux
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_that_is_ended_while_processes_decode_can_be_started_again_at_once(workplace, monkeypatch, number):
+def test_a_run_that_is_ended_while_processes_decode_can_be_started_again_at_once(workplace, monkeypatch, number, fork):
     draw_faces(workplace / "faces", 300)
     monkeypatch.setattr(train, "cores", lambda: 2)
     with monkeypatch.context() as patch:
@@ -467,7 +475,7 @@ def test_a_run_that_is_ended_while_processes_decode_can_be_started_again_at_once
 
 
 @in_linux
-def test_a_cache_whose_making_was_killed_is_made_anew(workplace, monkeypatch):
+def test_a_cache_whose_making_was_killed_is_made_anew(workplace, monkeypatch, fork):
     draw_faces(workplace / "faces", 60)
 
     def die(decoder, k):
