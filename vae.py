@@ -395,7 +395,7 @@ def read_checkpoint(path):
         data = verified(data)
     layers = [nn.Sequential, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.LeakyReLU, nn.Linear, nn.Sigmoid]
     shells = [(Shell, f"{layer.__module__}.{layer.__name__}") for layer in layers]
-    with torch.serialization.safe_globals([(Shell, "vae.VAE"), *shells, set]), warnings.catch_warnings(action="ignore"):
+    with torch.serialization.safe_globals([(Shell, "vae.VAE"), *shells]), warnings.catch_warnings(action="ignore"):
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
