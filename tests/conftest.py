@@ -61,9 +61,13 @@ def unprivileged(workplace):
         for folder in workplace.parents[:3]:  # pytest's own
             folder.chmod(0o711)
         os.seteuid(65534)
-    yield workplace
-    if is_root:
-        os.seteuid(0)
+    try:
+        if not os.access(ROOT / "vae.py", os.R_OK, effective_ids=is_root):
+            pytest.skip("needs scripts that everybody may read")
+        yield workplace
+    finally:
+        if is_root:
+            os.seteuid(0)
 
 
 def run(*flags):
