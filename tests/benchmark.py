@@ -166,7 +166,7 @@ def ours(paths, settings):
 
     def epoch(source):
         train.load_batches = source
-        run = {"epoch": 0, "step": 0, "sums": torch.zeros(4)}
+        run = {"epoch": 0, "step": 0, "sums": [0.0] * 4}
         return seconds(train.train_epoch, network, optimizer, photos, train_set, run, lambda: 0)
 
     def validation_psnr(amp):
