@@ -102,10 +102,8 @@ def decode(model, z):
 def variations(model):
     """The photo, its reconstruction and NUM_VARIATIONS variations of it."""
     path, photo = next(readable_photos(model))
-    print(
-        f"Photo       {printable(str(path))}"
-        + (f", the first in {IMAGE}; --image names another" if Path(IMAGE).is_dir() else "")
-    )
+    choice = f", the first in {IMAGE}; --image names another" if Path(IMAGE).is_dir() else ""
+    print(f"Photo       {printable(str(path))}{choice}")
     mu, log_var = model.encode(photo)
     codes = perturb(model, mu, log_var, noise(model, NUM_VARIATIONS))
     reconstruction = model.decode(mu)

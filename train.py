@@ -573,6 +573,7 @@ def last_path():
     return Path(OUTPUT_DIR, "last.pth")
 
 
+@functools.cache  # once in a run: from then on the file is its own, as nobody else may write to OUTPUT_DIR
 def keep_previous(path, run_id):
     """Copy a checkpoint at `path` that another run made to a free name beside it, so that it outlives this run."""
     if not path.exists():

@@ -11,7 +11,6 @@ import argparse
 import functools
 import inspect
 import io
-import itertools
 import math
 import os
 import re
@@ -465,7 +464,7 @@ def infer_config(state_dict):
     """Read the arguments of a VAE off the shapes of its weights; of the image sizes that fit, IMAGE_SIZE goes first."""
     for name in ("encoder.0.0.weight", "fc_mu.weight"):
         if name not in state_dict:
-            raise ValueError(f"it has no {name}, but {', '.join(map(str, itertools.islice(state_dict, 3)))} and so on")
+            raise ValueError(f"it has no {name}, but {', '.join(map(str, list(state_dict)[:3]))} and so on")
     stages = [weight for name, weight in state_dict.items() if re.fullmatch(r"encoder\.\d+\.0\.weight", name)]
     latent_dim, features = state_dict["fc_mu.weight"].shape
     hidden_dims = [len(weight) for weight in stages]
@@ -485,7 +484,7 @@ class UserError(ValueError):
 
 
 def printable(text):
-    """Return a text as one line: what is no character to be seen, in the name of a file say, becomes its escape."""
+    """Return (the first 2,000 characters of) a text as one line: what cannot be seen becomes its escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:2000])
 
 
