@@ -1,8 +1,9 @@
-"""Make pictures with a trained model: variations of a photo, reconstructions, samples.
+"""Make pictures with a trained model: variations of a photo, reconstructions, samples, interpolations.
 
     python genpic.py                                  # ten variations of the photo in data/tested_data
     python genpic.py --image me.jpg --w 0.1           # every constant at the top of the script is a flag
     python genpic.py --mode sample --output faces.png
+    python genpic.py --mode interpolate --image me.jpg --image-to you.jpg --output morph.gif
 
 Writes generated_images_grid2.jpg: the photo, its reconstruction and the variations, six in a row.
 """
@@ -12,85 +13,106 @@ import math
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import to_tensor
 
-from vae import (
-    UserError,
-    celeb_transforms,
-    find_images,
-    latent_noise,
-    load_checkpoint,
-    override_constants,
-    paired,
-    pick_device,
-    printable,
-    psnr,
-    read_image,
-    reconstruction_loss,
-    require,
-    save_grid,
-    script,
-)
+import vae
+from vae import UserError, printable, require
 
 CHECKPOINT: str = "checkpoints_best/vae_model_20.pth"  # the model, as train.py leaves it
-IMAGE: str = "data/tested_data"  # a photo, or a folder: its first photo by name ("reconstruct" takes all of them)
-OUTPUT: str = "generated_images_grid2.jpg"  # the picture to write: .jpg, .png or .webp
-MODE: str = "variations"  # "variations" of the photo, "reconstruct" all photos, "sample" 10 x 10 new faces
+IMAGE: str = "data/tested_data"  # a photo; or a folder, .zip or .npy: its first photo ("reconstruct" takes all of them)
+IMAGE_TO: str = ""  # the photo that "interpolate" goes to from IMAGE; if empty, it goes from a sample to another
+OUTPUT: str = (
+    "generated_images_grid2.jpg"  # the picture to write: .jpg, .png, .webp; "interpolate" animates .gif, .webp
+)
+MODE: str = "variations"  # "variations" of the photo, "reconstruct" all photos, "sample", "interpolate", "sweep" over W
 NUM_VARIATIONS: int = 10  # how many variations of the photo
 W: float = 0.01  # the w of the write-up, share of the code's variance drawn anew: 0 the same face, 1 any other
 NOISE: str = "population"  # draw as faces differ, or "posterior": as the encoder doubts, which is hardly visible
+PRIOR: str = "fitted"  # the population: "fitted" to the codes of the training photos, or "standard", N(0, I)
 SEED: int = 0  # start of the random numbers; another one gives other variations and samples
 DEVICE: str = "auto"  # "auto" is CUDA where there is one, else the CPU; or name a device: "cpu", "cuda:1"
 
+SWEEP = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # the W of the rows of "sweep"
+STEPS = 20  # of an interpolation, both ends included
+
 
 # Photos and codes
-def photo_paths():
-    """Return the path of the photo IMAGE, or those of all photos in the folder IMAGE."""
-    require(Path(IMAGE).exists(), "IMAGE", IMAGE, "a photo, or a folder with photos, that exists")
-    paths = find_images(IMAGE) if Path(IMAGE).is_dir() else [Path(IMAGE)]
-    if not paths:
-        raise UserError(f"There is no photo in {IMAGE}: put one there, or name one with --image.", 2)
-    return paths
+def photos_of(place, name):
+    """Return the Photos that a constant of this name and value stands for: one, or all in a folder, .zip or .npy."""
+    require(Path(place).exists(), name, place, "a photo, or a folder, .zip or .npy with photos, that exists")
+    photos = vae.find_photos(place)
+    if not photos:
+        raise UserError(f"There is no photo in {place}: put one there, or name one with --image.", 2)
+    return photos
 
 
-def load_photo(model, path):
+def load_photo(model, photo):
     """Read a photo as the model was trained to see it: (1, C, H, W) in [0, 1], on its device."""
     size, channels = model.config["image_size"], model.config["channels"]
-    return celeb_transforms(size)[0](read_image(path, channels, size))[None].to(model.latent_mean.device)
+    image = vae.read_image(photo, channels, size)
+    return vae.celeb_transforms(size)[0](image)[None].to(model.latent_mean.device)
 
 
-def readable_photos(model):
-    """Yield (path, photo (1, C, H, W)) of the photos that IMAGE stands for, and print which cannot be read."""
-    paths, found = photo_paths(), False
-    for path in paths:
+def readable_photos(model, place, name):
+    """Yield (Photo, image (1, C, H, W)) of the photos that a constant stands for, and print which cannot be read."""
+    photos, found = photos_of(place, name), False
+    for photo in photos:
         try:
-            photo = load_photo(model, path)
+            image = load_photo(model, photo)
         except UserError as error:
-            if not Path(IMAGE).is_dir():
+            if photo.path == Path(place) and photo.member is None:
                 raise
             print(f"Skipped     {error}")
         else:
             found = True
-            yield path, photo
+            yield photo, image
     if not found:
-        raise UserError(f"No photo in {IMAGE} can be read.")
+        raise UserError(f"No photo in {place} can be read.")
+
+
+def first_photo(model, place, name):
+    """Return the first image (1, C, H, W) that a constant stands for, and print which photo it is."""
+    photo, image = next(readable_photos(model, place, name))
+    flag = name.lower().replace("_", "-")
+    choice = "" if str(photo) == str(Path(place)) else f", the first in {place}; --{flag} names another"
+    print(f"Photo       {printable(str(photo))}{choice}")
+    return image
 
 
 def noise(model, count):
     """Standard normal noise (count, L) on the model's device; row k is the same however many are drawn."""
-    return latent_noise(SEED, count, model.config["latent_dim"]).to(model.latent_mean.device)
+    return vae.latent_noise(SEED, count, model.config["latent_dim"]).to(model.latent_mean.device)
 
 
-def perturb(model, mu, log_var, eps):
-    """Return codes (N, L) around the code mu (1, L) of a photo from noise eps (N, L); W is the share drawn anew.
+def perturb(model, mu, log_var, eps, w):
+    """Return codes (N, L) around the code mu (1, L) of a photo from noise eps (N, L); w is the share drawn anew.
 
-    "population": z = m + sqrt(1 - W) (mu - m) + sqrt(W) S eps, with the fitted prior's mean m and Cholesky factor S,
-    so that codes of the population stay distributed as the population for every W.
-    "posterior": z = mu + sqrt(W) sigma eps, with the encoder's own sigma for this photo.
+    "population": z = m + sqrt(1 - w) (mu - m) + sqrt(w) S eps, with the fitted prior's mean m and Cholesky factor S,
+    so that codes of the population stay distributed as the population for every w.
+    "posterior": z = mu + sqrt(w) sigma eps, with the encoder's own sigma for this photo.
     """
     if NOISE == "posterior":
-        return mu + math.sqrt(W) * torch.exp(0.5 * log_var) * eps
-    kept = torch.lerp(model.latent_mean, mu, math.sqrt(1 - W))
-    return kept + math.sqrt(W) * (eps @ model.latent_scale.T)
+        return mu + math.sqrt(w) * torch.exp(0.5 * log_var) * eps
+    kept = torch.lerp(model.latent_mean, mu, math.sqrt(1 - w))
+    return kept + math.sqrt(w) * (eps @ model.latent_scale.T)
+
+
+def between(model, start, end):
+    """Return STEPS codes (STEPS, L) on the way between two codes (L,), both included, as likely as these are.
+
+    Spherical interpolation (Shoemake 1985; for latent codes White 2016, arXiv:1609.04468) about the prior's mean, in
+    the coordinates in which the prior is N(0, I). A straight line would pass near the mean, where the pictures are
+    those of nobody: averages, pale and smooth.
+    """
+    t = torch.linspace(0, 1, STEPS, device=start.device)[:, None]
+    offsets = torch.stack([start, end], dim=1) - model.latent_mean[:, None]
+    whitened = torch.linalg.solve_triangular(model.latent_scale, offsets, upper=False)
+    angle = torch.acos(torch.cosine_similarity(*whitened.T, dim=0).clamp(-1, 1))
+    if angle.sin() < 1e-3:  # the same direction or the opposite one, where the formula divides by zero
+        return torch.lerp(start, end, t)
+    share, share_end = torch.sin((1 - t) * angle) / angle.sin(), torch.sin(t * angle) / angle.sin()
+    return share * start + share_end * end + (1 - share - share_end) * model.latent_mean
 
 
 def decode(model, z):
@@ -98,39 +120,70 @@ def decode(model, z):
     return torch.cat([model.decode(part) for part in z.split(64)])
 
 
+def label(model, text):
+    """Return a text as large as a tile has room for, as an image (1, C, H, W) of the model's size, black on white."""
+    size = model.config["image_size"]
+    tile = Image.new("RGB" if model.config["channels"] == 3 else "L", (size, size), "white")
+    font = ImageFont.load_default(max(8, size // 6))
+    ImageDraw.Draw(tile).text((size / 2, size / 2), text, "black", font, anchor="mm", align="center")
+    return to_tensor(tile)[None].to(model.latent_mean.device)
+
+
 # Modes: each yields sheets, that is images (N, C, H, W) and how many of them stand in a row
 def variations(model):
     """The photo, its reconstruction and NUM_VARIATIONS variations of it."""
-    path, photo = next(readable_photos(model))
-    choice = f", the first in {IMAGE}; --image names another" if Path(IMAGE).is_dir() else ""
-    print(f"Photo       {printable(str(path))}{choice}")
+    photo = first_photo(model, IMAGE, "IMAGE")
     mu, log_var = model.encode(photo)
-    codes = perturb(model, mu, log_var, noise(model, NUM_VARIATIONS))
+    codes = perturb(model, mu, log_var, noise(model, NUM_VARIATIONS), W)
     reconstruction = model.decode(mu)
-    squared_error = reconstruction_loss(reconstruction, photo, "mse").item()
-    print(f"PSNR        {psnr(squared_error, photo.numel()):.2f} dB, its reconstruction against the photo")
+    squared_error = vae.reconstruction_loss(reconstruction, photo, "mse").item()
+    print(f"PSNR        {vae.psnr(squared_error, photo.numel()):.2f} dB, its reconstruction against the photo")
     yield torch.cat([photo, reconstruction, decode(model, codes)]), 6
+
+
+def sweep(model):
+    """NUM_VARIATIONS variations of the photo for each W of SWEEP, a row each; down a column the noise is the same."""
+    mu, log_var = model.encode(first_photo(model, IMAGE, "IMAGE"))
+    eps = noise(model, NUM_VARIATIONS)
+    rows = [[label(model, f"W =\n{w:g}"), decode(model, perturb(model, mu, log_var, eps, w))] for w in SWEEP]
+    yield torch.cat(list(itertools.chain(*rows))), 1 + NUM_VARIATIONS
 
 
 def reconstruct(model):
     """All photos over their reconstructions, at most 64 a sheet."""
-    photos, squared_error, pixels = (photo for _, photo in readable_photos(model)), 0.0, 0
+    photos, squared_error, pixels = (image for _, image in readable_photos(model, IMAGE, "IMAGE")), 0.0, 0
     while sheet := list(itertools.islice(photos, 64)):
         originals = torch.cat(sheet)
         reconstructions = model.decode(model.encode(originals)[0])
-        squared_error += reconstruction_loss(reconstructions, originals, "mse").sum().item()
+        squared_error += vae.reconstruction_loss(reconstructions, originals, "mse").sum().item()
         pixels += originals.numel()
         columns = min(8, len(sheet))
-        yield paired(originals, reconstructions, columns), columns
-    print(f"PSNR        {psnr(squared_error, pixels):.2f} dB, the reconstructions against the photos")
+        yield vae.paired(originals, reconstructions, columns), columns
+    print(f"PSNR        {vae.psnr(squared_error, pixels):.2f} dB, the reconstructions against the photos")
 
 
 def sample(model):
-    """100 faces of the model's prior."""
+    """100 faces of the prior."""
     yield decode(model, model.draw_latents(noise(model, 100))), 10
 
 
-MODES = {"variations": variations, "reconstruct": reconstruct, "sample": sample}
+def interpolate(model):
+    """STEPS pictures on the way from the photo IMAGE to the photo IMAGE_TO, or from a sample to another."""
+    if IMAGE_TO:
+        ends = [model.encode(first_photo(model, *end))[0][0] for end in ((IMAGE, "IMAGE"), (IMAGE_TO, "IMAGE_TO"))]
+    else:
+        print("Between     two samples, and IMAGE is not used; --image-to names a photo to go to from IMAGE")
+        ends = model.draw_latents(noise(model, 2))
+    yield decode(model, between(model, *ends)), 5
+
+
+MODES = {
+    "variations": variations,
+    "reconstruct": reconstruct,
+    "sample": sample,
+    "interpolate": interpolate,
+    "sweep": sweep,
+}
 
 
 # The run
@@ -138,10 +191,11 @@ def check_settings():
     """Raise UserError for a constant that cannot be."""
     require(MODE in MODES, "MODE", MODE, f"one of {', '.join(MODES)}")
     require(NOISE in ("population", "posterior"), "NOISE", NOISE, '"population" or "posterior"')
+    require(PRIOR in ("fitted", "standard"), "PRIOR", PRIOR, '"fitted" or "standard"')
     require(0 <= W <= 1, "W", W, "a number from 0 to 1")
     require(NUM_VARIATIONS >= 1, "NUM_VARIATIONS", NUM_VARIATIONS, "at least 1")
     require(SEED >= 0, "SEED", SEED, "at least 0")
-    endings = (".jpg", ".jpeg", ".png", ".webp")
+    endings = [".jpg", ".jpeg", ".png", ".webp"] + [".gif"] * (MODE == "interpolate")
     require(Path(OUTPUT).suffix.lower() in endings, "OUTPUT", OUTPUT, f"a file name that ends in {', '.join(endings)}")
     require(not Path(OUTPUT).is_dir(), "OUTPUT", OUTPUT, "a file, but it is a folder")
     if not Path(CHECKPOINT).is_file():
@@ -152,7 +206,9 @@ def check_settings():
 
 def check_output(path):
     """Raise UserError where a picture would take the place of one of the photos it is made from."""
-    if path.exists() and MODE != "sample" and path.resolve() in {photo.resolve() for photo in photo_paths()}:
+    sources = {"sample": [], "interpolate": [IMAGE, IMAGE_TO] if IMAGE_TO else []}.get(MODE, [IMAGE])
+    photos = [photo for place in sources for photo in photos_of(place, "IMAGE")] if path.exists() else []
+    if path.resolve() in {photo.path.resolve() for photo in photos}:
         raise UserError(f"OUTPUT is {path}, which is one of the photos: name another file with --output.", 2)
 
 
@@ -165,18 +221,24 @@ def describe_model(model, info):
         print("Prior       N(0, I), for this checkpoint carries no fitted one: expect smeared samples and variations")
 
 
-@script
+@vae.script
 @torch.inference_mode()
 def main(argv=None):
     """Load the model, make the pictures that MODE names and save them."""
-    override_constants(globals(), argv)
+    vae.override_constants(globals(), argv)
     check_settings()
-    model, info = load_checkpoint(CHECKPOINT, pick_device(DEVICE))
+    model, info = vae.load_checkpoint(CHECKPOINT, vae.pick_device(DEVICE))
     describe_model(model, info)
+    if PRIOR == "standard":
+        model.latent_mean.zero_()
+        model.latent_scale.copy_(torch.eye(len(model.latent_mean)))
     for number, (images, columns) in enumerate(MODES[MODE](model), start=1):
         output = Path(OUTPUT) if number == 1 else Path(OUTPUT).with_stem(f"{Path(OUTPUT).stem}-{number}")
         check_output(output)
-        save_grid(images, output, columns)
+        if MODE == "interpolate" and output.suffix.lower() in (".gif", ".webp"):
+            vae.save_animation(images, output)
+        else:
+            vae.save_grid(images, output, columns)
         print(f"Wrote       {output}")
 
 

@@ -6,69 +6,32 @@
     torchrun --nproc-per-node 4 train.py          # on four GPUs
 
 Writes checkpoints_best/vae_model_20.pth (the best weights, for genpic.py), last.pth (to resume), history.csv,
-loss_curves.png and progress/ with pictures of every epoch.
+loss_curves.png, latent_space.png and progress/ with pictures of every epoch.
 """
 
 import copy
-import csv
-import ctypes
-import errno
-import functools
-import hashlib
-import io
 import itertools
 import math
 import os
-import re
 import shlex
-import shutil
-import signal
 import sys
-import tempfile
 import time
 import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
-from datetime import timedelta
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import distributed, nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from vae import (
-    CHANNELS,
-    HIDDEN_DIMS,
-    IMAGE_SIZE,
-    LATENT_DIM,
-    VAE,
-    UserError,
-    atomic_write,
-    calibrated_nll,
-    celeb_transforms,
-    find_images,
-    kl_divergence,
-    latent_noise,
-    load_checkpoint,
-    override_constants,
-    paired,
-    partial_file,
-    pick_device,
-    psnr,
-    read_image,
-    reconstruction_loss,
-    require,
-    save_checkpoint,
-    save_grid,
-    script,
-)
+import vae
+from vae import CHANNELS, HIDDEN_DIMS, IMAGE_SIZE, LATENT_DIM, UserError, require
 
 # What goes in and out
-DATA: str = "data/train"  # folder of photos, searched with all folders in it
+DATA: str = "data/train"  # folder of photos, searched with all folders in it; or a .zip of photos, a .npy array
 OUTPUT_DIR: str = "checkpoints_best"  # folder for the checkpoints, curves and pictures of the run
 RESUME: bool = False  # go on with the run that OUTPUT_DIR/last.pth holds, instead of starting anew
 VAL_FRACTION: float = 0.05  # share of the photos held out to validate on; more gives steadier validation figures
@@ -94,205 +57,37 @@ def seed_of(use, *numbers):
     return int(np.random.SeedSequence((SEED, *use, *numbers)).generate_state(1, np.uint64)[0])
 
 
-# Processes: this one alone, or all that torchrun has started, each with its share of every batch
-def rank():
-    """Return the number of this process; number 0 alone prints and writes."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def processes():
-    """Return how many processes train together."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def join_processes():
-    """Meet the other processes that torchrun has started, if it started this one, and let number 0 speak for all."""
-    if not distributed.is_torchelastic_launched() or distributed.is_initialized():
-        return
-    if gpus := torch.cuda.device_count():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)  # this is "cuda" from here on
-    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-    distributed.init_process_group(backend, timeout=timedelta(hours=12))  # as long as decoding the photos may take
-    if rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
-
-
-def leave_processes():
-    """Part from the other processes, at the end of a run."""
-    if processes() > 1:
-        time.sleep(0.5)  # gloo's thread needs the interpreter once more; torch 2.11 waits for it without letting go
-        distributed.destroy_process_group()
-
-
-def require_same(text):
-    """Raise UserError where the processes do not have the same text, which tells of their photos."""
-    texts = [text] * processes()
-    if processes() > 1:
-        distributed.all_gather_object(texts, text)
-    if len(set(texts)) > 1:
-        raise UserError(f"The processes see different photos ({', '.join(texts)}): all machines must share the folder.")
-
-
-def summed(tensor):
-    """Return the sum of a tensor over all processes, on the CPU."""
-    tensor = tensor.cpu()
-    if processes() > 1:
-        distributed.all_reduce(tensor)
-    return tensor
-
-
-def share(rows):
-    """Return this process's part, of consecutive rows, of a tensor."""
-    return rows.tensor_split(processes())[rank()]
-
-
-def gathered(part, count):
-    """Put the shares of all processes together again -> (count, ...), on the CPU."""
-    rows = torch.zeros(count, *part.shape[1:])
-    share(rows).copy_(part)
-    return summed(rows)
-
-
-@contextmanager
-def first_process_first():
-    """Let process 0 go through the block before the others, so that it does the work and tells of the errors."""
-    if rank():
-        try:
-            summed(torch.zeros(1))
-        except RuntimeError:  # process 0 has ended, and has told why
-            raise SystemExit(1) from None
-    yield
-    if not rank():
-        summed(torch.zeros(1))
-
-
 # Photos
 def find_photos():
-    """Return the paths of the photos to learn from, and their names below DATA (the demo while data/train is empty)."""
-    folder, paths = Path(DATA), find_images(DATA, without=OUTPUT_DIR)
-    if not paths and folder == Path("data/train") and (paths := find_images("data/demo")):
+    """Return the photos to learn from, and their names below DATA (the demo faces while data/train is empty)."""
+    place = Path(DATA)
+    usable = place.exists() and (place.is_dir() or vae.is_container(place))
+    photos = vae.find_photos(place, without=OUTPUT_DIR) if usable else []
+    if not photos and place == Path("data/train") and (photos := vae.find_photos("data/demo")):
         print("There are no photos in data/train yet, so this run learns from the demo faces in data/demo.")
-        folder = Path("data/demo")
-    if not paths:
-        state = "holds no photos" if folder.is_dir() else "is not a folder" if folder.exists() else "does not exist"
+        place = Path("data/demo")
+    if not photos:
+        state = "holds no photos" if usable else "is no folder, .zip or .npy" if place.exists() else "does not exist"
         raise UserError(
-            f"DATA {folder.absolute()} {state}: put photos there, or name their folder with --data. Photos to learn "
-            f"from are CelebA's img_align_celeba.zip from mmlab.ie.cuhk.edu.hk/projects/CelebA.html; unpack it first.",
+            f"DATA {place.absolute()} {state}: put photos there, or name where they are with --data. "
+            f"CelebA's img_align_celeba.zip, from mmlab.ie.cuhk.edu.hk/projects/CelebA.html, will do as it is.",
             2,
         )
-    return paths, [path.relative_to(folder).as_posix() for path in paths]
+    return photos, [f"{photo.path.relative_to(place).as_posix()}/{photo.member}" for photo in photos]
 
 
-def load_photos(paths, names, device):
+def load_photos(photos, names, device):
     """Return the photos as a uint8 tensor (N, H, W, C): on the GPU where they fit, else mapped from the cache file."""
-    cache = cache_path(paths, names)
-    if not is_whole(cache):
-        need = f"the decoded photos take {len(paths) * photo_size() / 1e6:,.2f} MB there"
-        with claimed(cache.parent, need, wait=True):
-            if not is_whole(cache):  # another run may have built it meanwhile
-                build_cache(paths, cache)
+    decoded, cache = vae.decode_photos(photos, names, IMAGE_SIZE, CHANNELS)
+    skipped = f" ({len(photos) - len(decoded)} files skipped)" if len(photos) > len(decoded) else ""
+    print(f"Photos      {len(decoded):,}{skipped}, kept as {cache} ({decoded.nbytes / 1e6:,.0f} MB)")
+    if len(decoded) < 2 * vae.processes() + 1:
+        needed = f"{2 * vae.processes()} to train on and 1 to validate on"
+        raise UserError(f"There are {len(decoded)} readable photos: a run needs at least {needed}.")
     with warnings.catch_warnings(action="ignore"):  # that nothing may be written to it, for nothing is
-        photos = torch.from_numpy(np.memmap(cache, np.uint8, "r").reshape(-1, IMAGE_SIZE, IMAGE_SIZE, CHANNELS))
-    skipped = f" ({len(paths) - len(photos)} files skipped)" if len(paths) > len(photos) else ""
-    print(f"Photos      {len(photos):,}{skipped}, kept as {cache} ({photos.nbytes / 1e6:,.0f} MB)")
-    if len(photos) < 2 * processes() + 1:
-        needed = f"{2 * processes()} to train on and 1 to validate on"
-        raise UserError(f"There are {len(photos)} readable photos: a run needs at least {needed}.")
-    fits = device.type == "cuda" and photos.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-    return photos.to(device) if fits else photos
-
-
-def digest(lines):
-    """Return a short name (16 hexadecimal digits) of a list of names of files, another one for any other list."""
-    return hashlib.sha256("\0".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
-
-
-def cache_path(paths, names):
-    """Return where the decoded photos are kept; it changes with their names, sizes and times and the target size."""
-
-    def version(path):
-        with suppress(OSError):  # a link to nowhere has none
-            stat = path.stat()
-            return stat.st_size, stat.st_mtime_ns, stat.st_mode  # the mode, as it may have kept a photo from being read
-
-    lines = [f"{name} {version(path)}" for name, path in zip(names, paths, strict=True)]
-    return Path(f"data/cache/{IMAGE_SIZE}x{IMAGE_SIZE}x{CHANNELS}-{digest(lines)}.u8")
-
-
-def photo_size():
-    """Return how many bytes a decoded photo takes."""
-    return IMAGE_SIZE * IMAGE_SIZE * CHANNELS
-
-
-def is_whole(cache):
-    """Whether a file of decoded photos is there, and ends with a whole one."""
-    size = cache.stat().st_size if cache.exists() else 0
-    return size > 0 and size % photo_size() == 0
-
-
-class Decoder(Dataset):
-    """Decodes photos: item k scales and crops photo k into row k of a file, and is None or the error that it met."""
-
-    def __init__(self, paths, file):
-        self.paths, self.file = paths, file
-        self.channels, self.size, self.crop = CHANNELS, IMAGE_SIZE, celeb_transforms(IMAGE_SIZE)[1]
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, k):
-        try:
-            pixels = self.crop(read_image(self.paths[k], self.channels, self.size)).tobytes()
-            with open(self.file, "r+b") as file:
-                file.seek(k * len(pixels))
-                file.write(pixels)
-        except (UserError, OSError) as error:
-            return error
-
-
-def cores():
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def build_cache(paths, cache):
-    """Decode, scale and crop every photo once, on all cores, into a file of uint8 (N, H, W, C)."""
-    workers = cores() if cores() > 1 and len(paths) > 256 else 0  # processes: for few photos they start too slowly
-    context = "fork" if workers and sys.platform == "linux" else None  # elsewhere each has to import PyTorch first
-    options = {"batch_size": 64, "num_workers": workers, "multiprocessing_context": context, "collate_fn": list}
-    kept, size = [], photo_size()
-    with partial_file(cache, len(paths) * size) as partial:
-        reserve(partial, len(paths) * size)
-        errors = itertools.chain.from_iterable(DataLoader(Decoder(paths, partial), **options))
-        for k, error in enumerate(tqdm(errors, "Reading photos", len(paths), unit="photo", leave=False, disable=None)):
-            if isinstance(error, OSError):  # of the cache, not of the photo
-                raise error
-            if error:
-                tqdm.write(f"Skipped: {error}")
-            else:
-                kept.append(k)
-        if not kept:
-            raise UserError(f"None of the {len(paths)} files in {DATA} can be read as a photo.")
-        if len(kept) < len(paths):  # close the gaps
-            rows = np.memmap(partial, np.uint8, "r+").reshape(-1, size)
-            for place, k in enumerate(kept):
-                rows[place] = rows[k]
-            del rows
-        os.truncate(partial, len(kept) * size)
-
-
-def reserve(path, size):
-    """Make a file with room for `size` bytes; OSError where there is no such room."""
-    with open(path, "wb") as file:
-        if shutil.disk_usage(path.parent).free < size:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)  # writing row by row is also faster then
-        except AttributeError:
-            pass  # macOS and Windows have no such function
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # else the file system cannot do it
-                raise
+        decoded = torch.from_numpy(decoded)
+    fits = device.type == "cuda" and decoded.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+    return decoded.to(device) if fits else decoded
 
 
 def ahead(function, items):
@@ -305,7 +100,7 @@ def ahead(function, items):
 
 def split_photos(count):
     """Return the indices to train on, at least 2 for each process, and to validate on, at least 1, drawn by SEED."""
-    held_out = min(max(1, round(count * VAL_FRACTION)), count - 2 * processes())
+    held_out = min(max(1, round(count * VAL_FRACTION)), count - 2 * vae.processes())
     indices = torch.from_numpy(np.random.default_rng(seed_of(b"split")).permutation(count))
     return indices[held_out:], indices[:held_out]
 
@@ -349,36 +144,16 @@ def kl_weight(progress):
 
 
 # Training and validation
-@functools.cache
-def has_bfloat16(device_type):
-    """Whether the hardware computes in bfloat16 itself; emulation would be slower than float32."""
-    if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return device_type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
-
-
 def autocast(device):
     """Return the context that the model runs in: bfloat16 where AMP and the hardware allow it, else no change."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=AMP and has_bfloat16(device.type))
-
-
-def reuse_freed_memory():
-    """Have the C library keep freed memory for the next step instead of handing it back to the system.
-
-    Getting it again, page by page, takes a quarter of a step on a CPU. Only glibc has such a switch.
-    """
-    with suppress(OSError, AttributeError):
-        library = ctypes.CDLL("libc.so.6")
-        library.mallopt(-3, 1 << 30) or library.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; before 2.35 at most 32 MB
-        library.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    return torch.autocast(device.type, torch.bfloat16, enabled=AMP and vae.has_bfloat16(device.type))
 
 
 def new_model(device):
     """Return a model on `device`, its weights drawn by SEED, and its optimizer."""
     torch.manual_seed(seed_of(b"init"))
-    model = VAE(IMAGE_SIZE, CHANNELS, HIDDEN_DIMS, LATENT_DIM).to(device, memory_format=torch.channels_last)
-    if processes() > 1 and device.type == "cuda":
+    model = vae.VAE(IMAGE_SIZE, CHANNELS, HIDDEN_DIMS, LATENT_DIM).to(device, memory_format=torch.channels_last)
+    if vae.processes() > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model, torch.optim.Adam(model.parameters(), fused=True)
 
@@ -391,8 +166,8 @@ def compiled(model, device, batch_size):
     images = torch.zeros(batch_size, CHANNELS, IMAGE_SIZE, IMAGE_SIZE, device=device)
     try:  # compiling happens in the first step, so take one here
         with autocast(device):
-            recon, mu, log_var = network(images.to(memory_format=torch.channels_last))
-        (recon.sum() + mu.sum() + log_var.sum()).backward()
+            outputs = network(images.to(memory_format=torch.channels_last))
+        sum(output.sum() for output in outputs).backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no C++ compiler, no Triton, an unsupported platform: all of them only cost speed
@@ -405,7 +180,7 @@ def compiled(model, device, batch_size):
 
 def parallel(network):
     """Return `network` so that its gradients are the mean over all processes."""
-    if processes() == 1:
+    if vae.processes() == 1:
         return network
     with warnings.catch_warnings():  # torch 2.15 would like another name for broadcast_buffers, which 2.11 has not
         warnings.simplefilter("ignore", FutureWarning)
@@ -418,17 +193,17 @@ def train_step(network, optimizer, images, count, step, progress):
     Returns the sums over the images of loss, reconstruction, KL and 1, (4,).
     """
     # Flips and latent noise depend on step and process alone, so that a run can resume anywhere
-    torch.manual_seed(seed_of(b"step", step, rank()))
+    torch.manual_seed(seed_of(b"step", step, vae.rank()))
     images = mirror_half(images) if FLIP else images
     with autocast(images.device):
         recon, mu, log_var = network(images)
-    reconstruction, kl = reconstruction_loss(recon, images, RECONSTRUCTION), kl_divergence(mu, log_var)
+    reconstruction, kl = vae.reconstruction_loss(recon, images, RECONSTRUCTION), vae.kl_divergence(mu, log_var)
     losses = reconstruction + kl_weight(progress) * kl
 
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(progress)
     optimizer.zero_grad()
-    (losses.sum() * (processes() / count)).backward()  # the mean over processes of this is the mean over the batch
+    (losses.sum() * (vae.processes() / count)).backward()  # the mean over processes of this is the mean over the batch
     optimizer.step()
     return torch.stack([losses, reconstruction, kl, torch.ones_like(kl)]).detach().sum(1)
 
@@ -438,13 +213,14 @@ def train_epoch(network, optimizer, photos, train_set, run, stopping):
     network.train()
     order = np.random.default_rng(seed_of(b"order", run["epoch"])).permutation(len(train_set))
     shuffled = train_set[torch.from_numpy(order).to(train_set.device)]
-    batches = [batch for batch in shuffled.split(BATCH_SIZE) if len(batch) >= 2 * processes()]  # BatchNorm needs two
+    fewest = 2 * vae.processes()  # that BatchNorm can work with
+    batches = [batch for batch in shuffled.split(BATCH_SIZE) if len(batch) >= fewest]
     device = next(network.parameters()).device
-    sums = torch.tensor(run["sums"], device=device) * (rank() == 0)  # those of all processes, from before a stop
+    sums = torch.tensor(run["sums"], device=device) * (vae.rank() == 0)  # those of all processes, from before a stop
 
     first, start, losses = run["step"], time.perf_counter(), []
-    images_of_steps = load_batches(photos, map(share, batches[first:]), device)
-    quiet = rank() > 0 or None  # None: where there is no terminal
+    images_of_steps = load_batches(photos, map(vae.share, batches[first:]), device)
+    quiet = vae.rank() > 0 or None  # None: where there is no terminal
     with tqdm(batches[first:], f"Epoch {run['epoch'] + 1}/{EPOCHS}", unit="step", leave=False, disable=quiet) as bar:
         for batch, images in zip(bar, images_of_steps, strict=True):
             if stopping():
@@ -459,19 +235,15 @@ def train_epoch(network, optimizer, photos, train_set, run, stopping):
                 check_losses(losses, run)
                 losses.clear()
     check_losses(losses, run)
-    run["sums"] = summed(sums).tolist()  # waits for the GPU to be done
+    run["sums"] = vae.summed(sums).tolist()  # waits for the GPU to be done
     return sum(map(len, batches[first : run["step"]])) / (time.perf_counter() - start)
 
 
 def check_losses(losses, run):
     """Raise UserError where a loss is not finite, given those of the run's last steps; each process gives its own."""
-    if not losses:
-        return
-    bad = ~summed(torch.stack(losses)).isfinite()
-    if bad.any():
+    if losses and (bad := ~vae.summed(torch.stack(losses)).isfinite()).any():
         step = run["step"] - len(losses) + bad.int().argmax().item() + 1
-        with first_process_first():
-            raise diverged(f"The loss of step {step} of epoch {run['epoch'] + 1} is not finite")
+        raise diverged(f"The loss of step {step} of epoch {run['epoch'] + 1} is not finite")
 
 
 def diverged(what):
@@ -481,42 +253,48 @@ def diverged(what):
 
 
 @torch.inference_mode()
-def evaluate(model, photos, val_set, device):
-    """Return the figures of the validation photos, each reconstructed from z = mu, as a dict of floats."""
-    losses = []
-    for images in load_batches(photos, share(val_set).split(BATCH_SIZE // processes()), device):
+def encode_photos(model, photos, indices, device):
+    """Yield this process's share of the photos `indices` as images (B, C, H, W), each batch with mu, log_var (B, L)."""
+    for images in load_batches(photos, vae.share(indices).split(BATCH_SIZE // vae.processes()), device):
         with autocast(device):
             mu, log_var = model.encode(images)
+        yield images, mu, log_var
+
+
+@torch.inference_mode()
+def evaluate(model, photos, val_set, device):
+    """Return the figures of the validation photos, reconstructed from z = mu, and their codes mu, log_var (N, L)."""
+    losses, codes = [], []
+    for images, mu, log_var in encode_photos(model, photos, val_set, device):
+        with autocast(device):
             recon = model.decode(mu)
-        error = reconstruction_loss(recon, images, "mse")
-        own = reconstruction_loss(recon, images, "bce") if RECONSTRUCTION == "bce" else error
-        losses.append(torch.stack([error, own, kl_divergence(mu, log_var)], dim=1))
-    squared_error, reconstruction, kl = gathered(torch.cat(losses), len(val_set)).double().T
-    pixels = math.prod(images.shape[1:])
+        error = vae.reconstruction_loss(recon, images, "mse")
+        own = vae.reconstruction_loss(recon, images, "bce") if RECONSTRUCTION == "bce" else error
+        losses.append(torch.stack([error, own], dim=1))
+        codes.append(torch.stack([mu, log_var], dim=1))
+    squared_error, reconstruction = vae.gathered(torch.cat(losses), len(val_set)).double().T
+    mu, log_var = vae.gathered(torch.cat(codes), len(val_set)).unbind(1)
+    kl, pixels = vae.kl_divergence(mu, log_var).double(), math.prod(images.shape[1:])
     if RECONSTRUCTION == "sigma":  # one variance for all photos, so that the figure does not depend on batches
-        reconstruction = calibrated_nll(squared_error, pixels)
-    return {
+        reconstruction = vae.calibrated_nll(squared_error, pixels)
+    figures = {
         "val_loss": (reconstruction + kl_weight(1.0) * kl).mean().item(),
         "val_reconstruction": reconstruction.mean().item(),
         "val_kl": kl.mean().item(),
         "val_squared_error": squared_error.mean().item(),
-        "val_psnr": psnr(squared_error.mean().item(), pixels),
+        "val_psnr": vae.psnr(squared_error.mean().item(), pixels),
     }
+    return figures, mu, log_var
 
 
-@torch.inference_mode()
 def fit_prior(model, photos, train_set, device):
     """Fit the model's prior to the codes of at most 16,384 photos of the training split."""
-    codes, chosen = [], train_set[:16384]
-    for images in load_batches(photos, share(chosen).split(BATCH_SIZE // processes()), device):
-        with autocast(device):
-            codes.append(torch.stack(model.encode(images), dim=1))
-    codes = gathered(torch.cat(codes), len(chosen))
-    with first_process_first():
-        try:
-            model.fit_prior(*codes.unbind(1))
-        except torch.linalg.LinAlgError:
-            raise diverged("The latent codes grew out of bounds") from None
+    chosen = train_set[:16384]
+    codes = [torch.stack([mu, log_var], dim=1) for _, mu, log_var in encode_photos(model, photos, chosen, device)]
+    try:
+        model.fit_prior(*vae.gathered(torch.cat(codes), len(chosen)).unbind(1))
+    except torch.linalg.LinAlgError:
+        raise diverged("The latent codes grew out of bounds") from None
 
 
 # What a run leaves behind
@@ -524,34 +302,31 @@ def finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, sp
     """Validate, fit the prior and write the files of an epoch, last.pth last: all it tells of is then there."""
     device, epoch, out = model.latent_mean.device, run["epoch"] + 1, Path(OUTPUT_DIR)
     *sums, seen = run["sums"]
-    if processes() > 1:  # on CPUs each has seen other photos, and the checkpoint will hold the buffers of process 0
+    if vae.processes() > 1:  # on CPUs each has seen other photos, and the checkpoint will hold the buffers of process 0
         for buffer in model.buffers():
             distributed.broadcast(buffer, 0)
     model.eval()
-    row = {
-        "epoch": epoch,
-        "train_loss": sums[0] / seen,
-        "train_reconstruction": sums[1] / seen,
-        "train_kl": sums[2] / seen,
-        **evaluate(model, photos, val_set, device),
-        "images_per_second": speed,
-    }
-    with first_process_first():
-        if not math.isfinite(row["val_loss"]):
-            raise diverged(f"The validation loss of epoch {epoch} is not finite")
+    figures, mu, log_var = evaluate(model, photos, val_set, device)
+    if not math.isfinite(figures["val_loss"]):
+        raise diverged(f"The validation loss of epoch {epoch} is not finite")
     fit_prior(model, photos, train_set, device)
+    means = {f"train_{name}": total / seen for name, total in zip(("loss", "reconstruction", "kl"), sums, strict=True)}
+    latents = {"active_units": model.active_units(mu).sum().item(), "marginal_kl": model.marginal_kl()}
+    row = {"epoch": epoch, **means, **figures, **latents, "images_per_second": speed}
     best = row["val_loss"] < min((earlier["val_loss"] for earlier in run["history"]), default=math.inf)
     run |= {"epoch": epoch, "step": 0, "sums": [0.0] * 4, "history": [*run["history"], row]}
-    with first_process_first():
-        if rank() == 0:
+    with vae.first_process_first():
+        if vae.rank() == 0:
             if best:
-                keep_previous(checkpoint_path(), run["id"])
-                save_checkpoint(checkpoint_path(), model, run=run["id"], constants=settings, **row)
+                vae.keep_previous(checkpoint_path(), run["id"])
+                vae.save_checkpoint(checkpoint_path(), model, run=run["id"], constants=settings, **row)
             save_pictures(model, next(load_batches(photos, [val_set[:8]], device)), out / f"progress/epoch_{epoch:02d}")
             save_history(run["history"], out / "history.csv")
             plot_history(run["history"], out / "loss_curves.png")
+            if epoch == EPOCHS:
+                vae.plot_latents(model, photos[val_set[:150]].cpu(), mu, log_var, out / "latent_space.png")
             save_last(model, optimizer, run, settings)
-    print(epoch_line(row, best), flush=True)
+    print(epoch_line(row, best), latents_line(row), sep="\n", flush=True)
 
 
 def epoch_line(row, best):
@@ -561,6 +336,17 @@ def epoch_line(row, best):
         f"Epoch {row['epoch']:2d}/{EPOCHS}  train {row['train_loss']:.1f}  val {loss}  PSNR {row['val_psnr']:.2f} dB  "
         f"{row['images_per_second']:.1f} images/s{'  best so far' if best else ''}"
     )
+
+
+def latents_line(row):
+    """Return the line that tells a person in what state the latents are."""
+    state = f"  Latents    {row['val_kl']:.1f} nats KL, {row['active_units']} of {LATENT_DIM} active"
+    if row["active_units"] == 0:
+        return f"{state}: the posterior has collapsed, so all photos look alike; lower BETA or raise KL_WARMUP_EPOCHS"
+    if row["epoch"] >= KL_WARMUP_EPOCHS and row["marginal_kl"] > 0.5 * LATENT_DIM:
+        why = f"the KL weight is weak, and the codes lie {row['marginal_kl']:.0f} nats from N(0, I)"
+        return f"{state}; {why}: only samples of the fitted prior will look like photos"
+    return state
 
 
 def checkpoint_path():
@@ -573,83 +359,52 @@ def last_path():
     return Path(OUTPUT_DIR, "last.pth")
 
 
-@functools.cache  # once in a run: from then on the file is its own, as nobody else may write to OUTPUT_DIR
-def keep_previous(path, run_id):
-    """Copy a checkpoint at `path` that another run made to a free name beside it, so that it outlives this run."""
-    if not path.exists():
-        return
-    try:
-        info = load_checkpoint(path)[1]
-    except UserError:
-        info = {}  # not a checkpoint, but somebody's file all the same
-    if info.get("run") == run_id or info.get("resumable") is False:  # nobody will miss the last.pth of a finished run
-        return
-    endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-    kept = next(kept for end in endings if not (kept := path.with_suffix(f".previous{end}.pth")).exists())
-    with atomic_write(kept) as file:
-        file.write(path.read_bytes())
-    print(f"{path} was there from another run: kept as {kept}")
-
-
 def save_last(model, optimizer, run, settings):
     """Write all that --resume needs to last.pth, after keeping that of another run which was under way."""
-    if rank():
+    if vae.rank():
         return
-    keep_previous(last_path(), run["id"])
+    vae.keep_previous(last_path(), run["id"])
     under_way = (0, 0) < (run["epoch"], run["step"]) < (EPOCHS, 0)
-    info = {"run": run["id"], "resumable": under_way, "constants": settings, "state": run}
-    save_checkpoint(last_path(), model, optimizer=optimizer.state_dict(), **info)
-
-
-FIGURES = {"epoch", "images_per_second", "val_squared_error", "val_psnr"} | {  # of an epoch, as history.csv has them
-    f"{split}_{figure}" for split in ("train", "val") for figure in ("loss", "reconstruction", "kl")
-}
+    info = {"run": run["id"], "resumable": under_way, "constants": settings, "state": run, "seal": seal(run, settings)}
+    vae.save_checkpoint(last_path(), model, optimizer=optimizer.state_dict(), **info)
 
 
 def save_history(history, path):
     """Write the figures of all epochs as CSV, a line per epoch."""
-    with atomic_write(path) as file:
-        text = io.TextIOWrapper(file, newline="")
-        writer = csv.DictWriter(text, history[0])
-        writer.writeheader()
-        writer.writerows(history)
-        text.detach()  # or it would close the file
+    lines = [",".join(map(str, line)) for line in (history[0], *(row.values() for row in history))]
+    with vae.atomic_write(path) as file:
+        file.write("\n".join([*lines, ""]).encode())
 
 
 @torch.inference_mode()
 def save_pictures(model, images, stem):
     """Save `images` (B, C, H, W) over their reconstructions, and 64 samples from the same noise at every epoch."""
-    noise = latent_noise(SEED, 64, LATENT_DIM).to(images.device)
+    noise = vae.latent_noise(SEED, 64, LATENT_DIM).to(images.device)
     with autocast(images.device):
         reconstructions = model.decode(model.encode(images)[0])
         samples = model.decode(model.draw_latents(noise))
-    save_grid(paired(images, reconstructions, len(images)), f"{stem}_reconstructions.png", columns=len(images))
-    save_grid(samples, f"{stem}_samples.png", columns=8)
+    vae.save_grid(vae.paired(images, reconstructions, len(images)), f"{stem}_reconstructions.png", columns=len(images))
+    vae.save_grid(samples, f"{stem}_samples.png", columns=8)
 
 
 def plot_history(history, path):
     """Draw loss, reconstruction and KL per epoch, of training (z drawn) and of validation (z = mu)."""
-    from matplotlib.figure import Figure  # takes a second to import, so only here
-
     measure = {"mse": "squared error", "bce": "cross-entropy in nats", "sigma": "Gaussian NLL in nats"}[RECONSTRUCTION]
     panels = {"loss": "loss per photo", "reconstruction": f"{measure}, per photo", "kl": "KL in nats, per photo"}
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    for axes, (name, label) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for split, style in (("train", "o-"), ("val", "o--")):
-            axes.plot([row["epoch"] for row in history], [row[f"{split}_{name}"] for row in history], style, ms=3)
-        axes.set(xlabel="epoch", ylabel=label)
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        axes.grid(alpha=0.3)
-    figure.legend(["training, z drawn", "validation, z = mean"], loc="outside upper center", ncols=2, frameon=False)
-    with atomic_write(path) as file:
-        figure.savefig(file, dpi=120)
+    with vae.figure(path, 11, 3.2) as drawing:
+        for axes, (name, label) in zip(drawing.subplots(1, 3), panels.items(), strict=True):
+            for split, style in (("train", "o-"), ("val", "o--")):
+                axes.plot([row["epoch"] for row in history], [row[f"{split}_{name}"] for row in history], style, ms=3)
+            axes.set(xlabel="epoch", ylabel=label)
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        drawing.legend(["training, z drawn", "validation, z = mean"], loc="outside upper center", ncols=2)
 
 
 # The run
 def check_settings():
     """Raise UserError for a constant that cannot be."""
     require(EPOCHS >= 1, "EPOCHS", EPOCHS, "at least 1")
-    count = processes()
+    count = vae.processes()
     wanted = f"at least {2 * count} and a multiple of {count}, the number of processes" if count > 1 else "at least 2"
     require(BATCH_SIZE // count >= 2 and BATCH_SIZE % count == 0, "BATCH_SIZE", BATCH_SIZE, wanted)
     require(0 < LEARNING_RATE < math.inf, "LEARNING_RATE", LEARNING_RATE, "a positive number")
@@ -661,7 +416,7 @@ def check_settings():
     require(COMPILE in ("auto", "yes", "no"), "COMPILE", COMPILE, '"auto", "yes" or "no"')
     others = [Path(folder).resolve() for folder in (DATA, "data/cache")]
     require(Path(OUTPUT_DIR).resolve() not in others, "OUTPUT_DIR", OUTPUT_DIR, "no folder of photos or their cache")
-    if processes() > 1:
+    if vae.processes() > 1:
         require(DEVICE in ("auto", "cpu", "cuda"), "DEVICE", DEVICE, '"auto", "cpu" or "cuda" for several processes')
         started, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if started > gpus > 0 and DEVICE != "cpu":
@@ -672,45 +427,21 @@ def check_settings():
         )
 
 
-@contextmanager
-def claimed(folder, hint, wait=False):
-    """Make a folder, keep other runs out of it, and clear away what a killed run has left half written.
-
-    The claim ends with the process, however that ends. Raises UserError where the folder cannot be written to, with
-    `hint`, or where another run has it, unless told to `wait` for its end.
-    """
-    folder = Path(folder)
-    lock = FileLock(folder / ".lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # not everybody who may open the lock of a folder may write there
-        lock.acquire(timeout=0)
-    except Timeout:
-        if not wait:
-            raise UserError(f"Another run is at work in {folder}: wait for its end, or {hint}.") from None
-        print(f"Another run is writing to {folder}: waiting until it has.", flush=True)
-        lock.acquire()
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written to ({error.strerror}): {hint}.", 2) from None
-    try:
-        for half in [*folder.glob(".partial-*"), *folder.glob("progress/.partial-*")]:
-            with suppress(OSError):  # it may be a folder, or gone
-                half.unlink()
-        yield
-    finally:
-        lock.release()
-
-
 def new_run(photos):
     """Return the state of a run that has yet to take its first step; `photos` is a text that tells its photos apart."""
     return {"id": uuid.uuid4().hex, "photos": photos, "epoch": 0, "step": 0, "sums": [0.0] * 4, "history": []}
 
 
+def seal(run, settings):
+    """Return a text that goes with a run's state and constants, so that no others are taken for those of a run."""
+    return vae.digest(["format 2", repr(run), repr(settings)])
+
+
 def resume_run(model, optimizer, settings, photos):
     """Return the state of the run in last.pth, and set model and optimizer to its; UserError where it cannot go on."""
-    saved, info = load_checkpoint(last_path())
+    saved, info = vae.load_checkpoint(last_path())
     run, then = info.get("state"), info.get("constants")
-    if not is_state(run, then):
+    if info.get("seal") != seal(run, then):
         raise UserError(f"{last_path()} is not the last.pth of a run: there is nothing in it to resume.")
     then, now = then | {"photos": run["photos"]}, settings | {"photos": photos}
     free = {"RESUME", "DATA", "OUTPUT_DIR", "DEVICE", "AMP", "COMPILE"}  # may change between the sessions of a run
@@ -724,21 +455,6 @@ def resume_run(model, optimizer, settings, photos):
     except Exception:  # whatever the file holds in their place
         raise UserError(f"{last_path()} does not hold the weights and moments of its own settings.") from None
     return run
-
-
-def is_state(run, constants):
-    """Whether these, as a file held them, are the state of a run and the constants it began with."""
-    kinds = {name: type(value) for name, value in new_run("").items()}
-    if type(run) is not dict or {name: type(value) for name, value in run.items()} != kinds:
-        return False
-    if not all(type(row) is dict and row.keys() == FIGURES for row in run["history"]) or type(constants) is not dict:
-        return False
-    lists = [value if type(value) is list else [value] for value in constants.values()]
-    numbers = [*run["sums"], *(figure for row in run["history"] for figure in row.values())]
-    plain = {*map(type, numbers)} <= {int, float} and {*map(type, itertools.chain(*lists))} <= {int, float, str, bool}
-    epochs = [row["epoch"] for row in run["history"]] == list(range(1, len(run["history"]) + 1))
-    steps = run["step"] >= 0 and len(run["sums"]) == 4 and (run["sums"][3] > 0) == (run["step"] > 0)
-    return plain and epochs and len(run["history"]) == run["epoch"] and steps and {*map(type, constants)} == {str}
 
 
 def load_moments(optimizer, moments):
@@ -755,10 +471,10 @@ def describe_run(model, device, run, train_set, val_set):
     batch = min(BATCH_SIZE, len(train_set))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    precision = "bfloat16" if AMP and has_bfloat16(device.type) else "float32"
+    precision = "bfloat16" if AMP and vae.has_bfloat16(device.type) else "float32"
     print(f"Split       {len(train_set):,} to train on in batches of {batch}, {len(val_set):,} to validate on")
     print(f"Model       {IMAGE_SIZE}x{IMAGE_SIZE}x{CHANNELS}, latent {LATENT_DIM}, {parameters:,} parameters")
-    number = f"{processes()} processes, each on " if processes() > 1 else ""
+    number = f"{vae.processes()} processes, each on " if vae.processes() > 1 else ""
     print(f"Device      {number}{device} ({name}), {precision}")
     if RESUME:
         rest = f" and {run['step']} steps of the next" if run["epoch"] < EPOCHS else ", the last: this run is finished"
@@ -769,7 +485,7 @@ def describe_run(model, device, run, train_set, val_set):
 def resume_command(argv):
     """Return the command line that goes on with the run that these flags (None: those of the process) started."""
     flags = [flag for flag in (sys.argv[1:] if argv is None else argv) if flag != "--resume"]
-    start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if processes() > 1 else ["python"]
+    start = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]] if vae.processes() > 1 else ["python"]
     return shlex.join([*start, "train.py", *flags, "--resume"])
 
 
@@ -783,91 +499,44 @@ def describe_result(run):
     print(f"Next: python genpic.py{flag}")
 
 
-@contextmanager
-def stop_requests():
-    """Yield a function that tells whether a process got a Ctrl-C or SIGTERM, and which; a second one acts at once."""
-    received = []
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def receive(number, frame):
-        received.append(number)
-        restore()
-        if rank() == 0:
-            with suppress(OSError, RuntimeError):  # of a terminal that is gone, or in the midst of printing
-                print("\nStopping after this step; once more stops at once.", file=sys.stderr)
-
-    def signal_received():
-        """The signal that came, or 0; all processes get the same answer, so that they stop at the same step."""
-        signals = torch.zeros(64)
-        signals[received] = 1
-        return summed(signals).argmax().item()
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signal_received
-    finally:
-        restore()
-
-
-@contextmanager
-def explained_errors():
-    """Turn what PyTorch raises where memory runs out, or a process has ended, into a UserError."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        scarce = "can't allocate memory|could not create a primitive|bad_alloc"  # as PyTorch, oneDNN and C++ say it
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(scarce, str(error)):
-            what = f"A batch of {BATCH_SIZE // processes()} photos needs more memory than there is"
-            raise UserError(f"{what}: lower BATCH_SIZE ({BATCH_SIZE}), IMAGE_SIZE or HIDDEN_DIMS.") from None
-        if "DataLoader worker" in str(error):
-            raise UserError("A process that decodes photos has been ended from outside: is memory short?") from None
-        if isinstance(error, distributed.DistError) or "gloo" in str(error):
-            raise UserError("Another process of the run has ended; --resume takes up its last whole epoch.") from None
-        raise
-
-
-@script
-@explained_errors()
+@vae.script
 def main(argv=None):
     """Train from the first step, or from where an interrupted run stopped, to the last."""
-    reuse_freed_memory()
-    join_processes()
-    with first_process_first():
-        settings = override_constants(globals(), argv)
+    vae.reuse_freed_memory()
+    vae.join_processes()
+    with vae.first_process_first():
+        settings = vae.override_constants(globals(), argv)
         check_settings()
-        device = pick_device(DEVICE)
+        device = vae.pick_device(DEVICE)
         model, optimizer = new_model(device)
         paths, names = find_photos()
 
-    with claimed(OUTPUT_DIR, "name another --output-dir") if rank() == 0 else nullcontext():
+    with vae.claimed(OUTPUT_DIR, "name another --output-dir") if vae.rank() == 0 else nullcontext():
         # Photos, split and the state of the run
-        with first_process_first():
+        with vae.first_process_first():
             photos = load_photos(paths, names, device)
             train_set, val_set = (part.to(photos.device) for part in split_photos(len(photos)))
-            photos_id = f"{len(photos)} photos ({digest(names)})"
+            photos_id = f"{len(photos)} photos ({vae.digest(names)})"
             run = resume_run(model, optimizer, settings, photos_id) if RESUME else new_run(photos_id)
             if not RESUME:  # so that a run which is killed in its first epoch can go on as well
                 save_last(model, optimizer, run, settings)
-        require_same(photos_id)
+        vae.require_same(photos_id)
         describe_run(model, device, run, train_set, val_set)
 
         # Epochs
-        with stop_requests() as stopping:
-            network = parallel(compiled(model, device, min(BATCH_SIZE, len(train_set)) // processes()))
+        with vae.stop_requests() as stopping:
+            network = parallel(compiled(model, device, min(BATCH_SIZE, len(train_set)) // vae.processes()))
             while run["epoch"] < EPOCHS:
                 speed = train_epoch(network, optimizer, photos, train_set, run, stopping)
                 if number := stopping():
-                    with first_process_first():  # torchrun ends them all when one has ended
+                    with vae.first_process_first():  # torchrun ends them all when one has ended
                         save_last(model, optimizer, run, settings)
                     print(f"Stopped in epoch {run['epoch'] + 1}. To go on: {resume_command(argv)}", flush=True)
-                    leave_processes()
+                    vae.leave_processes()
                     raise SystemExit(128 + number)
                 finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, speed)
     describe_result(run)
-    leave_processes()
+    vae.leave_processes()
 
 
 if __name__ == "__main__":

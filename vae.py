@@ -8,26 +8,36 @@ Importing this file has no effect of its own: it prints nothing, draws no random
 """
 
 import argparse
+import ctypes
+import errno
 import functools
+import hashlib
 import inspect
 import io
+import itertools
 import math
 import os
 import re
 import reprlib
+import shutil
 import signal
 import sys
+import tempfile
+import time
 import typing
 import warnings
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
+from filelock import FileLock, Timeout
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import nn
+from torch import distributed, nn
+from torch.utils.data import DataLoader
 from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 from torchvision.utils import make_grid
 
@@ -125,6 +135,21 @@ class VAE(nn.Module):
         self.latent_mean.copy_(mu.mean(0))
         self.latent_scale.copy_(torch.linalg.cholesky(covariance))
 
+    def marginal_kl(self):
+        """KL divergence in nats of the fitted prior from N(0, I): how far the codes of photos, as a whole, are from it.
+
+        The last term of Hoffman & Johnson 2016, "ELBO surgery", for codes that are distributed as a Gaussian.
+        """
+        squares = self.latent_scale.square().sum() + self.latent_mean.square().sum()
+        return 0.5 * (squares - len(self.latent_mean)).item() - self.latent_scale.diagonal().log().sum().item()
+
+    def active_units(self, mu):
+        """Return for each latent (L,) whether codes mu (N, L) make use of it: they vary by more than 0.01.
+
+        Burda, Grosse & Salakhutdinov 2016, arXiv:1509.00519, section 5.2, with the mean of the fitted prior.
+        """
+        return (mu.to(self.latent_mean.device) - self.latent_mean).square().mean(0) > 0.01
+
     def prior_is_fitted(self):
         """Whether `fit_prior` has been called on these weights; if not, the prior is N(0, I)."""
         return not torch.equal(self.latent_scale, torch.eye(len(self.latent_scale), device=self.latent_scale.device))
@@ -187,10 +212,15 @@ def calibrated_nll(squared_error, pixels):
     return 0.5 * (squared_error / variance + pixels * torch.log(2 * math.pi * variance))
 
 
-def kl_divergence(mu, log_var):
-    """KL(N(mu, exp(log_var)) || N(0, I)) per image, (B, L) -> (B,), in nats (Kingma & Welling 2014, appendix B)."""
+def kl_per_latent(mu, log_var):
+    """KL(N(mu, exp(log_var)) || N(0, 1)) of each latent, (B, L) -> (B, L), in nats (Kingma & Welling 2014, app. B)."""
     mu, log_var = mu.float(), log_var.float()
-    return 0.5 * (mu.square() + log_var.exp() - log_var - 1).sum(1)
+    return 0.5 * (mu.square() + log_var.exp() - log_var - 1)
+
+
+def kl_divergence(mu, log_var):
+    """KL(N(mu, exp(log_var)) || N(0, I)) of each image, (B, L) -> (B,), in nats: the latents' sum."""
+    return kl_per_latent(mu, log_var).sum(1)
 
 
 def psnr(squared_error, pixels):
@@ -198,7 +228,17 @@ def psnr(squared_error, pixels):
     return -10 * math.log10(max(squared_error / pixels, 1e-12))
 
 
-# Pictures
+# Photos: in files, in .zip archives and in .npy arrays
+class Photo(typing.NamedTuple):
+    """Where a photo is: a file, or the name or row that it has in a .zip archive or .npy array."""
+
+    path: Path
+    member: str | int | None = None
+
+    def __str__(self):
+        return str(self.path) if self.member is None else f"{self.path}/{self.member}"
+
+
 @functools.cache
 def image_formats():
     """Names of the formats to read: not those for which Pillow starts programs, needs plugins or unpacks bombs."""
@@ -206,25 +246,88 @@ def image_formats():
     return [name for name in Image.OPEN if name not in ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "FITS")]
 
 
-def find_images(folder, without=None):
-    """Sorted paths of the files below `folder`, but not below `without`, whose ending is of a format Pillow reads.
+def is_image(name):
+    """Whether the name of a file has an ending of a format to read, and none of its folders, nor itself, is hidden."""
+    hidden = any(part.startswith(".") for part in Path(name).parts)
+    return not hidden and Image.registered_extensions().get(Path(name).suffix.lower()) in image_formats()
 
-    Links are followed, hidden files and folders are passed over; a folder that cannot be opened is named.
+
+def find_photos(place, without=None):
+    """Return the Photos of a file, or of all files in a folder and the folders in it, but not below `without`.
+
+    Archives and arrays count as the photos in them. Links are followed, hidden files and folders are passed over; a
+    folder, archive or array that cannot be opened is named, and raises UserError where it is `place` itself.
     """
+    if os.path.exists(place) and not os.path.isdir(place):
+        return photos_in(Path(place))
 
     def tell(error):
         print(printable(f"Skipped: {error.filename} cannot be opened ({error.strerror})."))
 
-    endings = {ending for ending, name in Image.registered_extensions().items() if name in image_formats()}
-    found, visited = [], {without and os.path.realpath(without)}
-    for root, folders, names in os.walk(folder, onerror=tell, followlinks=True):
+    found, photos, visited = [], [], {without and os.path.realpath(without)}
+    for root, folders, names in os.walk(place, onerror=tell, followlinks=True):
         if (real := os.path.realpath(root)) in visited:  # a link back up would go round for ever
             folders.clear()
             continue
         visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [os.path.join(root, name) for name in names if not name.startswith(".")]
-    return [Path(path) for path in sorted(found) if os.path.splitext(path)[1].lower() in endings]
+        found += [os.path.join(root, name) for name in names if is_image(name) or is_container(name)]
+    for path in map(Path, sorted(found)):
+        try:
+            photos += photos_in(path)
+        except UserError as error:
+            print(f"Skipped: {error}")
+    return photos
+
+
+def is_container(name):
+    """Whether a file of this name is an archive or an array of photos."""
+    return Path(name).suffix.lower() in (".zip", ".npy") and not Path(name).name.startswith(".")
+
+
+def photos_in(path):
+    """Return the Photos in a file: those of an archive or array, else the file itself as one."""
+    if not is_container(path) or not path.is_file():
+        return [Photo(path)]
+    container = open_container(path)
+    if isinstance(container, zipfile.ZipFile):
+        return [Photo(path, name) for name in sorted(set(container.namelist())) if is_image(name)]
+    if container.size and container.dtype != np.uint8 and not 0 <= container.min() <= container.max() <= 1:
+        raise UserError(f"{path} has values outside [0, 1]: an array of photos is uint8, or float in [0, 1].")
+    return [Photo(path, row) for row in range(len(container))]
+
+
+def open_container(path):
+    """Return the ZipFile or the memory-mapped array (N, H, W) or (N, H, W, 1 or 3) at `path`, opened once a process.
+
+    Raises UserError where it is broken, encrypted, or an array of something else; objects are never unpickled.
+    """
+    stat = os.stat(path)
+    return open_version(os.path.realpath(path), stat.st_ino, stat.st_mtime_ns, stat.st_size, os.getpid())
+
+
+@functools.lru_cache(maxsize=8)
+def open_version(path, *version):
+    """Open an archive or array; `version` tells it from others that have, or will have, the same path."""
+    try:
+        if path.lower().endswith(".zip"):
+            archive = zipfile.ZipFile(path)
+            if any(member.flag_bits & 1 for member in archive.infolist()):
+                raise ValueError("it is encrypted: unpack it first")
+            return archive
+        array = np.lib.format.open_memmap(path, "r")  # which unpickles nothing
+    except Exception as error:  # whatever zipfile and NumPy stumble over in a broken file
+        raise UserError(f"{path} cannot be read as an archive or array of photos ({error}).") from None
+    values, shape = (
+        array.dtype == np.uint8 or array.dtype.kind == "f",
+        array.ndim == 3 or array.shape[3:] in [(1,), (3,)],
+    )
+    if not (values and shape):
+        raise UserError(
+            f"{path} holds {array.dtype} of shape {array.shape}: an array of photos is uint8 or float in [0, 1], of "
+            f"shape (N, height, width) or (N, height, width, 1 or 3)."
+        )
+    return array
 
 
 @contextmanager
@@ -244,19 +347,32 @@ def muted():
         os.close(nowhere)
 
 
-def read_image(path, channels=CHANNELS, size=None):
-    """Read a photo upright, as an RGB (3 channels) or grey (1 channel) PIL image, transparent areas over white.
-
-    A large JPEG that is to be scaled down to `size` pixels is decoded at a half, quarter or eighth of its own size,
-    which stays four times `size` or more. Raises UserError where the file does not exist, cannot be decoded whole, or
-    would take more than MAX_PIXELS.
-    """
-    try:
+def open_photo(path, member=None):
+    """Return a Photo as a PIL image, decoded as little as its format allows."""
+    if member is None:
         if Path(path).is_fifo():
             raise ValueError("a pipe, which may never end")
+        return Image.open(path, formats=image_formats())
+    container = open_container(path)
+    if isinstance(container, zipfile.ZipFile):
+        if container.getinfo(member).file_size > 8 * MAX_PIXELS:
+            raise ValueError(f"a file of over {8 * MAX_PIXELS / 1e6:.0f} MB")
+        return Image.open(io.BytesIO(container.read(member)), formats=image_formats())
+    pixels = container[member] if container.dtype == np.uint8 else (container[member] * 255).round().astype(np.uint8)
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
+
+
+def read_image(photo, channels=CHANNELS, size=None):
+    """Read a Photo or path upright, as an RGB (3 channels) or grey (1) PIL image, transparent areas over white.
+
+    A large JPEG that is to be scaled down to `size` pixels is decoded at a half, quarter or eighth of its own size,
+    which stays four times `size` or more. Raises UserError where it does not exist, cannot be decoded whole, or would
+    take more than MAX_PIXELS.
+    """
+    try:
         with (
             warnings.catch_warnings(action="ignore"),
-            Image.open(path, formats=image_formats()) as image,
+            open_photo(*photo) if isinstance(photo, Photo) else open_photo(photo) as image,
             muted() if image.format == "TIFF" else nullcontext(),
         ):
             if size:
@@ -272,12 +388,87 @@ def read_image(path, channels=CHANNELS, size=None):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB" if channels == 3 else "L")
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist.", 2) from None
+        raise UserError(f"{photo} does not exist.", 2) from None
     except Exception as error:  # on a broken file Pillow's decoders raise whatever they stumble over
         why = "unknown format" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{path} cannot be read as an image ({why}).") from None
+        raise UserError(f"{photo} cannot be read as an image ({why}).") from None
 
 
+def decode_photos(photos, names, size, channels):
+    """Return the photos as an array of uint8 (N, size, size, channels), mapped from a file, and the file's path.
+
+    They are decoded only where the file is not there yet, or not whole. What cannot be read is named and left out.
+    Raises UserError where that is all, or the file cannot be written.
+    """
+    cache, each = cache_path(photos, names, size, channels), size * size * channels
+
+    def is_whole():
+        length = cache.stat().st_size if cache.exists() else 0
+        return length > 0 and length % each == 0
+
+    if not is_whole():
+        with claimed(cache.parent, f"the decoded photos take {len(photos) * each / 1e6:,.2f} MB there", wait=True):
+            if not is_whole():  # another run may have built it meanwhile
+                build_cache(photos, cache, size, channels)
+    return np.memmap(cache, np.uint8, "r").reshape(-1, size, size, channels), cache
+
+
+def cache_path(photos, names, size, channels):
+    """Return where decoded photos are kept; it changes with their names, their files' sizes and times, and the size."""
+
+    def version(path):
+        with suppress(OSError):  # a link to nowhere has none
+            stat = path.stat()
+            return stat.st_size, stat.st_mtime_ns, stat.st_mode  # the mode, as it may have kept a photo from being read
+
+    lines = [f"{name} {version(photo.path)}" for name, photo in zip(names, photos, strict=True)]
+    return Path(f"data/cache/{size}x{size}x{channels}-{digest(lines)}.u8")
+
+
+def digest(lines):
+    """Return a short name (16 hexadecimal digits) of a list of texts, another one for any other list."""
+    return hashlib.sha256("\0".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def cores():
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def build_cache(photos, cache, size, channels):
+    """Decode, scale and crop every photo once, on all cores, into a file of uint8 (N, size, size, channels)."""
+    from tqdm import tqdm  # genpic.py does without
+
+    workers = cores() if cores() > 1 and len(photos) > 256 else 0  # processes: for few photos they start too slowly
+    context = "fork" if workers and sys.platform == "linux" else None  # elsewhere each has to import PyTorch first
+    total = len(photos) * size * size * channels
+    with partial_file(cache, total) as partial, open(partial, "wb") as file:
+        if shutil.disk_usage(cache.parent).free < total:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        crop = functools.partial(crop_photos, size=size, channels=channels)
+        loader = DataLoader(photos, 16, num_workers=workers, multiprocessing_context=context, collate_fn=crop)
+        images = tqdm(loader, "Reading photos", unit="batch", leave=False, disable=None)
+        for pixels in itertools.chain.from_iterable(images):
+            if isinstance(pixels, UserError):
+                tqdm.write(f"Skipped: {pixels}")
+            else:
+                file.write(pixels)
+        if not file.tell():
+            raise UserError(f"None of the {len(photos)} photos can be read; the first is {photos[0]}.")
+
+
+def crop_photos(photos, size, channels):
+    """Scale and crop photos to `size` pixels; return of each the bytes (H, W, C), or the UserError that it met."""
+    cropped, crop = [], celeb_transforms(size)[1]
+    for photo in photos:
+        try:
+            cropped.append(crop(read_image(photo, channels, size)).tobytes())
+        except UserError as error:
+            cropped.append(error)
+    return cropped
+
+
+# Pictures
 def paired(originals, reconstructions, columns):
     """Interleave two batches (B, C, H, W) so that a grid of so many columns shows originals over reconstructions."""
     blank = originals.new_ones(-len(originals) % columns, *originals.shape[1:])  # fills up a short last row
@@ -285,19 +476,81 @@ def paired(originals, reconstructions, columns):
     return torch.stack(rows, dim=1).flatten(0, 2)
 
 
+def as_picture(image):
+    """Image (C, H, W) in [0, 1] -> PIL image, grey where C is 1."""
+    pixels = (image * 255).round().byte().permute(1, 2, 0).cpu()
+    return Image.fromarray(pixels.squeeze(-1).numpy())
+
+
 def save_grid(images, path, columns):
-    """Save images (B, C, H, W) in [0, 1] as one picture, 2 pixels apart, in the format of the path's ending.
+    """Save images (B, C, H, W) in [0, 1] as one picture, 2 pixels apart, in the format of the path's ending."""
+    grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=1)
+    save_picture([as_picture(grid[: images.shape[1]])], path)
+
+
+def save_animation(images, path):
+    """Save images (B, C, H, W) in [0, 1] as a GIF or WebP that shows them there and back, ten a second, for ever."""
+    save_picture([as_picture(image) for image in torch.cat([images, images[1:-1].flip(0)])], path)
+
+
+def save_picture(frames, path):
+    """Save PIL images as one picture, which is animated if there are several.
 
     Raises UserError where the format has no room for so large a picture, or the file cannot be written.
     """
-    grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=1)
-    pixels = (grid[: images.shape[1]] * 255).round().byte()
-    picture = Image.fromarray(pixels.permute(1, 2, 0).squeeze(-1).numpy())
+    first, *others = frames
+    endless = {"save_all": True, "append_images": others, "duration": 100, "loop": 0}
+    options = (
+        {**endless, "lossless": True} if others else {"quality": 95}
+    )  # a lossy WebP drops frames that differ little
     with atomic_write(path) as file:
         try:
-            picture.save(file, Image.registered_extensions()[Path(path).suffix.lower()], quality=95)
+            first.save(file, Image.registered_extensions()[Path(path).suffix.lower()], **options)
         except (LookupError, ValueError, OSError) as error:  # of no such format, WebP and JPEG
-            raise UserError(f"{path} cannot hold {picture.width}x{picture.height} pixels ({error}).") from None
+            raise UserError(f"{path} cannot hold {first.width}x{first.height} pixels ({error}).") from None
+
+
+@contextmanager
+def figure(path, width, height):
+    """Yield an empty figure of so many inches in the style of all figures here, and save it."""
+    import matplotlib.figure  # takes a second, so only here
+
+    lines = {"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}
+    frames = dict.fromkeys(["axes.spines.top", "axes.spines.right", "legend.frameon"], False)
+    with matplotlib.rc_context(lines | frames | {"font.size": 9}):
+        drawing = matplotlib.figure.Figure((width, height), layout="constrained")
+        yield drawing
+        with atomic_write(path) as file:
+            drawing.savefig(file, dpi=120)
+
+
+def plot_latents(model, photos, mu, log_var, path):
+    """Draw photos (n, H, W, C) at the places of their codes, the first n of mu (N, L), and the use of each latent.
+
+    The places are those on the first two principal axes of all N codes.
+    """
+    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+
+    centred = nn.functional.pad(mu - mu.mean(0), (0, 1))  # there are two axes even where there is one latent
+    variances, axes = (part.flip(-1) for part in torch.linalg.eigh(centred.T @ centred))
+    places, shares = centred @ axes[:, :2], variances / variances.sum().clamp_min(1e-12)
+    kl, order = kl_per_latent(mu, log_var).mean(0).sort(descending=True)
+    active = model.active_units(mu).cpu()[order]
+    with figure(path, 11, 5.5) as drawing:
+        left, right = drawing.subplots(1, 2, width_ratios=[1.2, 1])
+        for place, photo in zip(places.tolist(), photos.numpy(), strict=False):
+            thumbnail = OffsetImage(photo.squeeze(), zoom=22 / len(photo), cmap="gray", clim=(0, 255))
+            left.add_artist(AnnotationBbox(thumbnail, place, frameon=False))
+        left.scatter(*places[: len(photos)].T.numpy(), s=0)  # what the axes have to show
+        left.margins(0.07)
+        left.set_xlabel(f"first principal axis of the codes ({shares[0]:.1%} of their variance)")
+        left.set_ylabel(f"second principal axis ({shares[1]:.1%})")
+        for chosen, label, colour in ((active, "active", "C0"), (~active, "unused", "0.7")):
+            bars = 1 + chosen.nonzero().flatten().numpy(), kl[chosen].numpy()
+            right.bar(*bars, color=colour, label=f"{chosen.sum()} latents {label}")
+        right.set(xlabel="latents, sorted", ylabel="KL in nats, mean of the validation photos")
+        right.xaxis.get_major_locator().set_params(integer=True)
+        right.legend()
 
 
 def latent_noise(seed, count, latent_dim):
@@ -341,6 +594,35 @@ def atomic_write(path):
         partial.write_bytes(file.getbuffer())
 
 
+@contextmanager
+def claimed(folder, hint, wait=False):
+    """Make a folder, keep other runs out of it, and clear away what a killed run has left half written.
+
+    The claim ends with the process, however that ends. Raises UserError where the folder cannot be written to, with
+    `hint`, or where another run has it, unless told to `wait` for its end.
+    """
+    folder = Path(folder)
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # not everybody who may open the lock of a folder may write there
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise UserError(f"Another run is at work in {folder}: wait for its end, or {hint}.") from None
+        print(f"Another run is writing to {folder}: waiting until it has.", flush=True)
+        lock.acquire()
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to ({error.strerror}): {hint}.", 2) from None
+    try:
+        for half in [*folder.glob(".partial-*"), *folder.glob("progress/.partial-*")]:
+            with suppress(OSError):  # it may be a folder, or gone
+                half.unlink()
+        yield
+    finally:
+        lock.release()
+
+
 # Checkpoints
 def save_checkpoint(path, model, **info):
     """Write a model and `info` (tensors and plain Python types) to a file that rebuilds the model by itself.
@@ -354,6 +636,24 @@ def save_checkpoint(path, model, **info):
     versions = {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
     with atomic_write(path) as file:
         torch.save({"config": model.config, "state_dict": state_dict, "versions": versions, **info}, file)
+
+
+@functools.cache  # once in a run: from then on the file is its own, as nobody else may write to OUTPUT_DIR
+def keep_previous(path, run_id):
+    """Copy a checkpoint at `path` that another run made to a free name beside it, so that it outlives this run."""
+    if not path.exists():
+        return
+    try:
+        info = load_checkpoint(path)[1]
+    except UserError:
+        info = {}  # not a checkpoint, but somebody's file all the same
+    if info.get("run") == run_id or info.get("resumable") is False:  # nobody will miss the last.pth of a finished run
+        return
+    endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    kept = next(kept for end in endings if not (kept := path.with_suffix(f".previous{end}.pth")).exists())
+    with atomic_write(kept) as file:
+        file.write(path.read_bytes())
+    print(f"{path} was there from another run: kept as {kept}")
 
 
 def load_checkpoint(path, device="cpu"):
@@ -474,6 +774,104 @@ def infer_config(state_dict):
     return {"image_size": image_size, "channels": channels, "hidden_dims": hidden_dims, "latent_dim": latent_dim}
 
 
+# Processes: this one alone, or all that torchrun has started, each with its share of every batch
+def rank():
+    """Return the number of this process; number 0 alone prints and writes."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def processes():
+    """Return how many processes train together."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def join_processes():
+    """Meet the other processes that torchrun has started, if it started this one, and let number 0 speak for all."""
+    if not distributed.is_torchelastic_launched() or distributed.is_initialized():
+        return
+    if gpus := torch.cuda.device_count():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)  # this is "cuda" from here on
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    distributed.init_process_group(backend, timeout=timedelta(hours=12))  # as long as decoding the photos may take
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+
+
+def leave_processes():
+    """Part from the other processes, at the end of a run."""
+    if processes() > 1:
+        time.sleep(0.5)  # gloo's thread needs the interpreter once more; torch 2.11 waits for it without letting go
+        distributed.destroy_process_group()
+
+
+def require_same(text):
+    """Raise UserError where the processes do not have the same text, which tells of their photos."""
+    texts = [text] * processes()
+    if processes() > 1:
+        distributed.all_gather_object(texts, text)
+    if len(set(texts)) > 1:
+        raise UserError(f"The processes see different photos ({', '.join(texts)}): all machines must share the folder.")
+
+
+def summed(tensor):
+    """Return the sum of a tensor over all processes, on the CPU."""
+    tensor = tensor.cpu()
+    if processes() > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def share(rows):
+    """Return this process's part, of consecutive rows, of a tensor."""
+    return rows.tensor_split(processes())[rank()]
+
+
+def gathered(part, count):
+    """Put the shares of all processes together again -> (count, ...), on the CPU."""
+    rows = torch.zeros(count, *part.shape[1:])
+    share(rows).copy_(part)
+    return summed(rows)
+
+
+@contextmanager
+def first_process_first():
+    """Let process 0 go through the block before the others, which then find its work done."""
+    if rank():
+        summed(torch.zeros(1))
+    yield
+    if not rank():
+        summed(torch.zeros(1))
+
+
+@contextmanager
+def stop_requests():
+    """Yield a function that tells whether a process got a Ctrl-C or SIGTERM, and which; a second one acts at once."""
+    received = []
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def receive(number, frame):
+        received.append(number)
+        restore()
+        if rank() == 0:
+            with suppress(OSError, RuntimeError):  # of a terminal that is gone, or in the midst of printing
+                print("\nStopping after this step; once more stops at once.", file=sys.stderr)
+
+    def signal_received():
+        """The signal that came, or 0; all processes get the same answer, so that they stop at the same step."""
+        signals = torch.zeros(64)
+        signals[received] = 1
+        return summed(signals).argmax().item()
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signal_received
+    finally:
+        restore()
+
+
 # Scripts: constants as flags, errors as sentences
 class UserError(ValueError):
     """A sentence for the person at the keyboard, and the script's exit code: 2 for a setting that cannot be, else 1."""
@@ -492,6 +890,19 @@ def require(holds, name, value, wanted):
     """Raise UserError where the constant `name` cannot be `value`."""
     if not holds:
         raise UserError(f"{name} is {reprlib.repr(value)}: it must be {wanted}.", 2)
+
+
+def explanation(error):
+    """Return what to tell the user of an error that they can mend, or None."""
+    if isinstance(error, (UserError, OSError)):
+        return error
+    scarce = "can't allocate memory|could not create a primitive|bad_alloc"  # as PyTorch, oneDNN and C++ say it
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or re.search(scarce, str(error)):
+        return "There is too little memory: lower BATCH_SIZE, IMAGE_SIZE or HIDDEN_DIMS."
+    if "DataLoader worker" in str(error):
+        return "A process that decodes photos has been ended from outside: is memory short?"
+    if isinstance(error, distributed.DistError) or "gloo" in str(error):
+        return "Another process of the run has ended; --resume takes up its last whole epoch."
 
 
 def script(main):
@@ -514,8 +925,11 @@ def script(main):
             main(argv)
         except KeyboardInterrupt:
             raise SystemExit(130) from None
-        except (UserError, OSError) as error:
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            if not (sentence := explanation(error)):
+                raise
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of torchrun would say the same
+                print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
             raise SystemExit(getattr(error, "code", 1)) from None
         finally:
             names.update(constants)
@@ -561,6 +975,7 @@ def override_constants(constants, argv=None):
     return settings
 
 
+# Devices
 def pick_device(name):
     """Return the torch.device `name`; "auto" is CUDA if available, else the CPU. Raises UserError where it fails."""
     if name == "auto":
@@ -571,3 +986,23 @@ def pick_device(name):
         return probe.device
     except (RuntimeError, AssertionError, ImportError):
         raise UserError(f'DEVICE is {name!r}, which does not work here: it is best left at "auto".', 2) from None
+
+
+@functools.cache
+def has_bfloat16(device_type):
+    """Whether the hardware computes in bfloat16 itself; emulation would be slower than float32."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return device_type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def reuse_freed_memory():
+    """Have the C library keep freed memory for the next step instead of handing it back to the system.
+
+    Getting it again, page by page, takes a quarter of a step on a CPU. Only glibc has such a switch.
+    """
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(-3, 1 << 30) or library.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; before 2.35 at most 32 MB
+        library.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD

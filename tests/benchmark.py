@@ -137,7 +137,7 @@ def plain(paths, settings):
 def ours(paths, settings):
     """The functions of train.py: a round is an epoch of photos, and another of one batch repeated from memory."""
     vars(train).update(settings, DATA="the photos", EPOCHS=10**6, FLIP=True)
-    train.reuse_freed_memory()
+    vae.reuse_freed_memory()
     device = pick_device(settings)
     model, optimizer = train.new_model(device)
     photos = train.load_photos(paths, list(map(str, paths)), device)
@@ -234,15 +234,15 @@ def measure_training(paths, settings):
 # Everything else
 def caching(paths, cores):
     """Decoding of photos into the cache by so many cores, in images/s."""
-    train.cores, cache = lambda: cores, Path(f"cache on {cores}")
+    vae.cores, cache = lambda: cores, Path(f"cache on {cores}")
     while True:
         cache.unlink(missing_ok=True)
-        yield len(paths) / seconds(train.build_cache, paths, cache)
+        yield len(paths) / seconds(vae.build_cache, paths, cache, vae.IMAGE_SIZE, vae.CHANNELS)
 
 
 def measure_caching(paths):
     """The cache: images/s on one core and on all."""
-    paths, cores = list(itertools.islice(itertools.cycle(paths), 12_288)), train.cores()
+    paths, cores = list(itertools.islice(itertools.cycle(paths), 12_288)), vae.cores()
     rates = in_turns(one=worker(caching, paths, 1), all=worker(caching, paths, cores))
     return {
         "cache on 1 core, images/s": rates["one"],
@@ -302,7 +302,11 @@ def measure_starting():
 
 def find_photos(folder):
     """Return the paths of COUNT photos: those of PHOTOS, over again if need be, or faces drawn into `folder`."""
-    paths = vae.find_images(PHOTOS) if PHOTOS else [Path(folder, f"{seed}.jpg") for seed in range(min(COUNT, 2048))]
+    paths = (
+        vae.find_photos(PHOTOS)
+        if PHOTOS
+        else [vae.Photo(Path(folder, f"{seed}.jpg")) for seed in range(min(COUNT, 2048))]
+    )
     vae.require(paths, "PHOTOS", PHOTOS, "a folder with photos")
     for seed, path in enumerate([] if PHOTOS else paths):
         draw_face(seed, size=(178, 218)).save(path, quality=95)

@@ -77,14 +77,14 @@ train.main("--data faces --batch-size 60 --device cpu".split())
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
-    assert "A batch of 60 photos needs more memory than there is: lower BATCH_SIZE" in done.stderr
+    assert "There is too little memory: lower BATCH_SIZE" in done.stderr
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has the switch")
 def test_freed_memory_is_used_again():
     program = """
-import resource, torch, train
-train.reuse_freed_memory()
+import resource, torch, vae
+vae.reuse_freed_memory()
 for size in [2**27] + 20 * [2**26, 2**27]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.zeros(size, dtype=torch.uint8).add_(1)

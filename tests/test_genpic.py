@@ -35,29 +35,28 @@ def fitted_model():
 def test_w_0_is_the_reconstruction():
     model, mu = fitted_model(), torch.randn(1, 4)
     for genpic.NOISE in ("population", "posterior"):
-        genpic.W = 0.0
-        codes = genpic.perturb(model, mu, torch.zeros(1, 4), torch.randn(7, 4))
+        codes = genpic.perturb(model, mu, torch.zeros(1, 4), torch.randn(7, 4), 0.0)
         assert torch.equal(codes, mu.expand(7, 4))
 
 
-@pytest.mark.parametrize("genpic_w", [0.25, 1.0])
-def test_variations_have_the_mean_and_covariance_of_the_formula(genpic_w):
+@pytest.mark.parametrize("w", [0.25, 1.0])
+def test_variations_have_the_mean_and_covariance_of_the_formula(w):
     model, mu, log_var = fitted_model(), torch.tensor([[3.0, -1, 0, 2]]), torch.tensor([[0.0, -1, -2, 1]])
-    eps, genpic.W = torch.randn(200_000, 4), genpic_w
+    eps = torch.randn(200_000, 4)
     population = model.latent_scale @ model.latent_scale.T
-    mean = model.latent_mean + (1 - genpic_w) ** 0.5 * (mu[0] - model.latent_mean)
+    mean = model.latent_mean + (1 - w) ** 0.5 * (mu[0] - model.latent_mean)
     expected = {"population": (mean, population), "posterior": (mu[0], torch.diag(log_var[0].exp()))}
     for genpic.NOISE, (mean, covariance) in expected.items():
-        codes = genpic.perturb(model, mu, log_var, eps)
+        codes = genpic.perturb(model, mu, log_var, eps, w)
         torch.testing.assert_close(codes.mean(0), mean, atol=0.03, rtol=0)
-        torch.testing.assert_close(torch.cov(codes.T), genpic_w * covariance, atol=0.05, rtol=0.03)
+        torch.testing.assert_close(torch.cov(codes.T), w * covariance, atol=0.05, rtol=0.03)
 
 
-@pytest.mark.parametrize("genpic_w", [0.1, 0.7])
-def test_codes_of_the_population_stay_codes_of_the_population(genpic_w):
-    model, genpic.W = fitted_model(), genpic_w
+@pytest.mark.parametrize("w", [0.1, 0.7])
+def test_codes_of_the_population_stay_codes_of_the_population(w):
+    model = fitted_model()
     people = model.draw_latents(torch.randn(200_000, 4))
-    codes = genpic.perturb(model, people, None, torch.randn(200_000, 4))
+    codes = genpic.perturb(model, people, None, torch.randn(200_000, 4), w)
     torch.testing.assert_close(codes.mean(0), model.latent_mean, atol=0.03, rtol=0)
     torch.testing.assert_close(torch.cov(codes.T), model.latent_scale @ model.latent_scale.T, atol=0.05, rtol=0.03)
 
@@ -79,8 +78,8 @@ def test_variations_grid(workplace, capsys):
 
 
 def test_the_photo_is_read_as_the_model_was_trained(workplace, monkeypatch):
-    read, asked = genpic.read_image, []
-    monkeypatch.setattr(genpic, "read_image", lambda path, *form: asked.append(form) or read(path, *form))
+    read, asked = vae.read_image, []
+    monkeypatch.setattr(vae, "read_image", lambda path, *form: asked.append(form) or read(path, *form))
     generate()
     assert asked == [(3, 32)]
 
@@ -114,7 +113,7 @@ def test_a_variation_is_the_same_however_many_are_drawn(workplace, noise):
 
 def test_reconstruct_shows_every_photo_of_the_folder(workplace, capsys):
     draw_faces(workplace / "faces", 70)
-    photos = [np.asarray(vae.celeb_transforms(32)[1](vae.read_image(path))) for path in vae.find_images("faces")]
+    photos = [np.asarray(vae.celeb_transforms(32)[1](vae.read_image(path))) for path in vae.find_photos("faces")]
     (workplace / "faces" / "broken.jpg").write_text("no photo")
     generate("--mode", "reconstruct", "--output", "sheet.png")
     said = capsys.readouterr().out
@@ -141,19 +140,108 @@ def test_a_checkpoint_without_fitted_prior_is_said_to_lack_it(workplace, capsys)
     assert "N(0, I)" in capsys.readouterr().out
 
 
-def test_grey_models_give_grey_pictures(workplace):
-    model = vae.VAE(24, 1, [4], 3)
-    vae.save_checkpoint("grey.pth", model)
-    generate("--checkpoint", "grey.pth", "--output", "new folder/grey.png")
-    assert Image.open("new folder/grey.png").mode == "L"
-
-
 def test_the_picture_is_in_the_format_of_its_ending(workplace):
     for ending, format in (("jpg", "JPEG"), ("JPEG", "JPEG"), ("png", "PNG"), ("webp", "WEBP")):
         generate("--num-variations", "1", "--output", f"grid.{ending}")
         assert Image.open(f"grid.{ending}").format == format
     Image.open("grid.png").save("reference.jpg", quality=95)
     assert Image.open("grid.jpg").quantization == Image.open("reference.jpg").quantization
+
+
+# Interpolation
+def slerp(one, other, share):
+    """Spherical interpolation between two vectors, as Shoemake 1985 has it."""
+    angle = torch.acos(torch.dot(one / one.norm(), other / other.norm()))
+    return (torch.sin((1 - share) * angle) * one + torch.sin(share * angle) * other) / torch.sin(angle)
+
+
+def test_interpolation_is_spherical_where_the_prior_is_round():
+    model = fitted_model()
+    start, end = model.draw_latents(torch.randn(2, 4))
+    codes = genpic.between(model, start, end)
+    assert torch.equal(codes[0], start) and torch.equal(codes[-1], end) and len(codes) == 20
+    round_codes = torch.linalg.solve(model.latent_scale, (codes - model.latent_mean).T).T
+    expected = [slerp(round_codes[0], round_codes[-1], k / 19) for k in range(20)]
+    torch.testing.assert_close(round_codes, torch.stack(expected), atol=1e-3, rtol=1e-3)
+
+
+def test_interpolation_between_codes_of_one_direction_is_straight():
+    model = vae.VAE(16, 1, [2], 4)
+    for end in (torch.ones(4), torch.full((4,), 3.0), -torch.ones(4)):
+        codes = genpic.between(model, torch.ones(4), end)
+        torch.testing.assert_close(codes, torch.lerp(torch.ones(4), end, torch.linspace(0, 1, 20)[:, None]))
+
+
+def test_interpolation_between_two_photos_ends_with_their_reconstructions(workplace, capsys):
+    flags = ["--mode", "interpolate", "--image", "faces/face 003.jpg", "--image-to", "faces/face 007.jpg"]
+    generate(*flags, "--output", "grid.png")
+    said = capsys.readouterr().out
+    assert "Photo       faces/face 003.jpg\n" in said and "Photo       faces/face 007.jpg\n" in said
+    assert Image.open("grid.png").size == (5 * 34 + 2, 4 * 34 + 2)
+    steps, ends = tiles("grid.png", 5), []
+    for name in ("3", "7"):
+        generate("--image", f"faces/face 00{name}.jpg", "--output", f"{name}.png", "--num-variations", "1")
+        ends.append(tiles(f"{name}.png", 3)[1])
+    assert np.abs(steps[0] - ends[0]).max() <= 1 and np.abs(steps[-1] - ends[1]).max() <= 1
+    changes = np.abs(np.diff(steps, axis=0)).max((1, 2, 3))
+    assert changes.min() > 0 and changes.max() < np.abs(ends[0] - ends[1]).max() / 3
+
+
+def test_interpolation_between_two_samples_says_that_image_is_not_used(workplace, capsys):
+    for name in ("one", "two"):
+        generate("--mode", "interpolate", "--image", "nowhere", "--output", f"{name}.png")
+        assert "Between     two samples, and IMAGE is not used" in capsys.readouterr().out
+    assert Path("one.png").read_bytes() == Path("two.png").read_bytes()
+    generate("--mode", "sample", "--output", "sample.png")
+    samples, steps = tiles("sample.png", 10), tiles("one.png", 5)
+    assert np.abs(steps[0] - samples[0]).max() <= 1 and np.abs(steps[-1] - samples[1]).max() <= 1
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp"])
+def test_an_interpolation_is_animated_there_and_back(workplace, ending):
+    flags = ["--mode", "interpolate", "--image", "faces/face 003.jpg", "--image-to", "faces/face 007.jpg"]
+    generate(*flags, "--output", "grid.png")
+    for name in ("one", "two"):
+        generate(*flags, "--output", f"{name}.{ending}")
+    assert Path(f"one.{ending}").read_bytes() == Path(f"two.{ending}").read_bytes()
+    animation, steps = Image.open(f"one.{ending}"), tiles("grid.png", 5)
+    assert (animation.format, animation.n_frames, animation.size) == (ending.upper(), 38, (32, 32))
+    assert animation.info["loop"] == 0
+    for k in range(38):
+        animation.seek(k)
+        frame = np.asarray(animation.convert("RGB")).astype(int)
+        distances = np.abs(steps - frame).mean((1, 2, 3))
+        assert animation.info["duration"] == 100 and distances.argmin() in (expected := min(k, 38 - k), expected + 1)
+
+
+# Sweep and priors
+def test_sweep_has_a_row_for_each_w_and_the_same_noise_down_a_column(workplace):
+    generate("--mode", "sweep", "--num-variations", "3", "--output", "sweep.png")
+    assert Image.open("sweep.png").size == (4 * 34 + 2, 6 * 34 + 2)
+    rows = tiles("sweep.png", 4).reshape(6, 4, 32, 32, 3)
+    for row, w in zip(rows, ("0", "0.01", "0.03", "0.1", "0.3", "1"), strict=True):
+        generate("--w", w, "--num-variations", "3", "--output", "grid.png")
+        assert np.abs(row[1:] - tiles("grid.png", 5)[2:5]).max() <= 1
+    assert len({label.tobytes() for label in rows[:, 0]}) == 6
+    assert all(label.min() < 100 and (label > 250).mean() > 0.5 for label in rows[:, 0])
+
+
+def test_the_standard_prior_is_n_0_i(workplace):
+    generate("--mode", "sample", "--prior", "standard", "--output", "faces.png")
+    model, _ = vae.load_checkpoint(TRAINED)
+    expected = model.decode(vae.latent_noise(0, 100, 8)).detach().permute(0, 2, 3, 1).numpy()
+    assert np.abs(tiles("faces.png", 10) - 255 * expected).max() <= 1
+    generate("--mode", "sample", "--output", "fitted.png")
+    assert np.abs(tiles("faces.png", 10) - tiles("fitted.png", 10)).max() > 10
+
+
+@pytest.mark.parametrize("mode", ["sample", "interpolate", "sweep", "variations", "reconstruct"])
+def test_grey_models_give_grey_pictures(workplace, mode):
+    vae.save_checkpoint("grey.pth", vae.VAE(24, 1, [4], 3))
+    np.save("faces24.npy", np.random.default_rng(0).integers(0, 256, (3, 24, 24), dtype=np.uint8))
+    flags = ["--checkpoint", "grey.pth", "--mode", mode, "--image", "faces24.npy"]
+    generate(*flags, "--output", "new folder/grey.png")
+    assert Image.open("new folder/grey.png").mode == "L"
 
 
 # Refusals
@@ -174,7 +262,7 @@ def test_the_picture_is_in_the_format_of_its_ending(workplace):
         ("--image me.jpg --output me.jpg", 2, "which is one of the photos"),
         ("--image faces --mode reconstruct --output faces/../me.jpg", 2, "which is one of the photos"),
         ("--image empty", 2, "no photo in empty"),
-        ("--mode collage", 2, "one of variations, reconstruct, sample"),
+        ("--mode collage", 2, "one of variations, reconstruct, sample, interpolate, sweep"),
         ("--noise pink", 2, '"population" or "posterior"'),
         ("--w 1.5", 2, "W is 1.5"),
         ("--w -0.1", 2, "from 0 to 1"),
@@ -182,6 +270,13 @@ def test_the_picture_is_in_the_format_of_its_ending(workplace):
         ("--num-variations 0", 2, "at least 1"),
         ("--seed -1", 2, "at least 0"),
         ("--device tpu", 2, "DEVICE"),
+        ("--prior uniform", 2, '"fitted" or "standard"'),
+        ("--mode interpolate --image-to missing.jpg", 2, "IMAGE_TO is 'missing.jpg'"),
+        ("--mode interpolate --image-to broken.jpg", 1, "broken.jpg cannot be read as an image"),
+        ("--mode interpolate --image missing.jpg --image-to me.jpg", 2, "IMAGE is 'missing.jpg'"),
+        ("--mode interpolate --image-to me.jpg --output me.jpg", 2, "which is one of the photos"),
+        ("--mode sweep --image me.jpg --output me.jpg", 2, "which is one of the photos"),
+        ("--output grid.gif", 2, "ends in .jpg, .jpeg, .png, .webp"),
         ("--output grid.xyz", 2, ".webp"),
         ("--output grid", 2, ".webp"),
         ("--output folder.jpg", 2, "it is a folder"),

@@ -180,7 +180,7 @@ def test_a_stopped_run_goes_on_as_if_it_never_stopped(whole, monkeypatch, capsys
 
 def test_the_second_ctrl_c_acts_at_once():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # programs in the background ignore it
-    with pytest.raises(KeyboardInterrupt), train.stop_requests() as stopping:
+    with pytest.raises(KeyboardInterrupt), vae.stop_requests() as stopping:
         os.kill(os.getpid(), signal.SIGINT)
         assert stopping() == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
@@ -294,12 +294,9 @@ def test_moments_that_take_no_memory_are_given_some(workplace):
 
 # Without room, or without permission
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
-@pytest.mark.parametrize("reserving", [True, False])
-def test_a_cache_that_cannot_be_written_ends_with_a_sentence(workplace, monkeypatch, capsys, reserving):
+def test_a_cache_that_cannot_be_written_ends_with_a_sentence(workplace, capsys):
     draw_faces(workplace / "faces", 41)
     before = set(workplace.rglob("*"))
-    if not reserving:
-        monkeypatch.delattr(os, "posix_fallocate", raising=False)
     with files_of_at_most(100_000):  # the photos take 126 kB
         code, said = refusal(run, capsys)
     assert code == 1 and re.search(r"data/cache/\S+\.u8 cannot be written \(File too large\): it takes 0.13 MB.", said)
@@ -308,8 +305,8 @@ def test_a_cache_that_cannot_be_written_ends_with_a_sentence(workplace, monkeypa
 
 def test_the_room_for_the_cache_is_checked_before_it_is_built(workplace, monkeypatch, capsys):
     draw_faces(workplace / "faces", 41)
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**5))
-    monkeypatch.setattr(train, "Decoder", None)
+    monkeypatch.setattr(vae.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**5))
+    monkeypatch.setattr(vae, "crop_photos", None)
     code, said = refusal(run, capsys)
     assert code == 1 and "cannot be written (No space left on device): it takes 0.13 MB" in said
 
@@ -385,7 +382,8 @@ def test_a_run_that_diverges_keeps_its_last_good_weights(whole, monkeypatch, cap
 def test_weights_that_are_not_finite_are_never_saved(workplace, monkeypatch, capsys):
     def spoil(model, *_):
         model.fc_mu.bias.data[3] = math.nan
-        return dict.fromkeys(("val_loss", "val_reconstruction", "val_kl", "val_squared_error", "val_psnr"), 1.0)
+        figures = ("val_loss", "val_reconstruction", "val_kl", "val_squared_error", "val_psnr")
+        return dict.fromkeys(figures, 1.0), torch.zeros(2, 8), torch.zeros(2, 8)
 
     monkeypatch.setattr(train, "evaluate", spoil)
     monkeypatch.setattr(train, "fit_prior", lambda *_: None)
@@ -396,8 +394,7 @@ def test_weights_that_are_not_finite_are_never_saved(workplace, monkeypatch, cap
 
 
 def test_a_validation_that_is_not_finite_ends_the_run(workplace, monkeypatch, capsys):
-    evaluate = train.evaluate
-    monkeypatch.setattr(train, "evaluate", lambda *args: {**evaluate(*args), "val_loss": math.nan})
+    monkeypatch.setattr(train, "evaluate", lambda *_: ({"val_loss": math.nan}, None, None))
     code, said = refusal(run, capsys)
     assert (
         code == 1 and "The validation loss of epoch 1 is not finite: start anew with a LEARNING_RATE below 0.01" in said
@@ -442,14 +439,13 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(wo
 def test_two_runs_that_want_the_same_cache_decode_it_once(workplace, monkeypatch, fork):
     draw_faces(workplace / "faces", 60)
 
-    class Slow(train.Decoder):
-        def __getitem__(self, k):
-            with open("decoded", "ab") as file:
-                file.write(b".")
-            time.sleep(0.01)
-            return super().__getitem__(k)
+    def slowly(photos, *size, crop=vae.crop_photos, **sizes):
+        with open("decoded", "ab") as file:
+            file.write(b"." * len(photos))
+        time.sleep(0.2)
+        return crop(photos, *size, **sizes)
 
-    monkeypatch.setattr(train, "Decoder", Slow)
+    monkeypatch.setattr(vae, "crop_photos", slowly)
     runs = [fork(run, "--epochs", "1", "--output-dir", f"out {number}") for number in range(2)]
     for process in runs:
         process.join()
@@ -461,9 +457,9 @@ def test_two_runs_that_want_the_same_cache_decode_it_once(workplace, monkeypatch
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_is_ended_while_processes_decode_can_be_started_again_at_once(workplace, monkeypatch, number, fork):
     draw_faces(workplace / "faces", 300)
-    monkeypatch.setattr(train, "cores", lambda: 2)
+    monkeypatch.setattr(vae, "cores", lambda: 2)
     with monkeypatch.context() as patch:
-        patch.setattr(train.Decoder, "__getitem__", lambda decoder, k: time.sleep(0.2))  # 12 seconds for a batch
+        patch.setattr(vae, "crop_photos", lambda *_, **__: time.sleep(12))
         process = fork(run, "--epochs", "1")
         wait_for(Path("data/cache/.lock"))
         time.sleep(1)
@@ -478,11 +474,11 @@ def test_a_run_that_is_ended_while_processes_decode_can_be_started_again_at_once
 def test_a_cache_whose_making_was_killed_is_made_anew(workplace, monkeypatch, fork):
     draw_faces(workplace / "faces", 60)
 
-    def die(decoder, k):
+    def die(*_, **__):
         os.kill(os.getpid(), signal.SIGKILL)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Decoder, "__getitem__", die)
+        patch.setattr(vae, "crop_photos", die)
         fork(run, "--epochs", "1").join()
     assert len(list(Path("data/cache").glob(".partial-*"))) == 1
     run("--epochs", "1")

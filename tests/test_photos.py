@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, SMALL, generate, refusal, run
 from faces import draw_face, draw_faces
 from PIL import Image
 
+import train
 import vae
 from vae import UserError, read_image
 
@@ -161,7 +163,7 @@ def test_a_photo_of_too_many_pixels_is_refused_by_its_header(no_pixels, name, wo
         with pytest.raises(SystemExit):
             run("--data", "bomb")
     said = capsys.readouterr()
-    assert words in said.out and "None of the 1 files in bomb can be read" in said.err
+    assert words in said.out and f"None of the 1 photos can be read; the first is bomb/{name}." in said.err
 
 
 def test_a_jpeg_counts_by_the_pixels_that_are_decoded(tmp_path, monkeypatch):
@@ -272,14 +274,175 @@ def test_photos_that_somebody_else_has_decoded(unprivileged):
     run("--epochs", "1")
 
 
-@pytest.mark.parametrize("kind", ["broken", "whole"])
-def test_archives_are_no_folder_of_photos_yet(workplace, capsys, kind):
-    with zipfile.ZipFile("photos.zip", "w") as archive:
-        archive.write("faces/face 000.jpg")
-    if kind == "broken":
-        os.truncate("photos.zip", 500)
+# Archives and arrays
+def zipped(path, *paths, password=False):
+    """Write a .zip archive of some files, marked as encrypted if so asked."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in paths:
+            archive.write(name)
+    if password:
+        data = Path(path).read_bytes()
+        place = data.index(b"PK\1\2")
+        Path(path).write_bytes(data[: place + 8] + b"\1" + data[place + 9 :])
+    return Path(path)
+
+
+def decoded(data, size, channels):
+    """Return the photos of DATA as train.py sees them, uint8 (N, size, size, channels)."""
+    train.DATA, train.IMAGE_SIZE, train.CHANNELS = str(data), size, channels
+    return train.load_photos(*train.find_photos(), torch.device("cpu")).numpy()
+
+
+def test_an_archive_is_read_in_place_like_the_folder(workplace, capsys):
+    names = [f"faces/face {k:03d}.jpg" for k in range(40)]
+    Path("faces/.hidden.jpg").write_bytes(b"")
+    Path("faces/notes.txt").write_text("no photo")
+    zipped("img_align_celeba.zip", *reversed(names), "faces/.hidden.jpg", "faces/notes.txt")
+    assert np.array_equal(decoded("img_align_celeba.zip", 32, 3), decoded("faces", 32, 3))
+    run("--data", "img_align_celeba.zip", "--epochs", "1")
+    said = capsys.readouterr().out
+    assert "Photos      40, kept" in said and "Done." in said
+    generate("--image", "img_align_celeba.zip", "--output", "one.png")
+    assert "img_align_celeba.zip/faces/face 000.jpg, the first in" in capsys.readouterr().out
+    generate("--output", "other.png")
+    assert Path("one.png").read_bytes() == Path("other.png").read_bytes()
+
+
+def test_an_archive_in_the_folder_counts_as_the_photos_in_it(workplace, capsys):
+    Path("mixed/deep").mkdir(parents=True)
+    zipped("mixed/deep/some.zip", "faces/face 000.jpg", "faces/face 001.jpg")
+    np.save("mixed/array.npy", np.zeros((2, 5, 4), np.uint8))
+    Path("mixed/broken.zip").write_bytes(Path("mixed/deep/some.zip").read_bytes()[:500])
+    Path("mixed/face.jpg").write_bytes(Path("faces/face 000.jpg").read_bytes())
+    assert list(map(str, vae.find_photos("mixed"))) == [
+        "mixed/array.npy/0",
+        "mixed/array.npy/1",
+        "mixed/deep/some.zip/faces/face 000.jpg",
+        "mixed/deep/some.zip/faces/face 001.jpg",
+        "mixed/face.jpg",
+    ]
+    assert "Skipped: " in (said := capsys.readouterr().out) and "broken.zip cannot be read as" in said
+
+
+def test_many_photos_of_an_archive_are_decoded_by_processes(workplace, monkeypatch):
+    monkeypatch.setattr(vae, "cores", lambda: 2)
+    draw_faces(workplace / "faces", 270)
+    zipped("many.zip", *sorted(map(str, Path("faces").glob("*.jpg"))))
+    assert np.array_equal(decoded("many.zip", 16, 3), decoded("faces", 16, 3))
+
+
+@pytest.mark.parametrize("broken", ["cut", "text", "encrypted", "empty"])
+def test_archives_that_cannot_be_used(workplace, capsys, broken):
+    path = zipped("photos.zip", "faces/face 000.jpg", password=broken == "encrypted")
+    path.write_bytes({"cut": path.read_bytes()[:500], "text": b"hello", "empty": b""}.get(broken, path.read_bytes()))
+    for call, flag in ((run, "--data"), (generate, "--image")):
+        code, said = refusal(call, capsys, flag, "photos.zip")
+        assert code == 1 and "photos.zip cannot be read as an archive or array of photos (" in said
+        assert ("encrypted: unpack it first" in said) == (broken == "encrypted")
+
+
+def test_archives_without_photos(workplace, capsys):
+    Path("notes.txt").write_text("no photo")
+    zipped("photos.zip", "notes.txt")
     code, said = refusal(run, capsys, "--data", "photos.zip")
-    assert code == 2 and "photos.zip is not a folder" in said and "unpack it first" in said
+    assert code == 2 and "photos.zip holds no photos" in said
+    code, said = refusal(generate, capsys, "--image", "photos.zip")
+    assert code == 2 and "There is no photo in photos.zip" in said
+
+
+def test_a_bad_photo_in_an_archive_is_named(workplace, capsys):
+    Path("text.jpg").write_text("no photo")
+    path = zipped("photos.zip", *[f"faces/face {k:03d}.jpg" for k in range(8)], "text.jpg")
+    data = path.read_bytes()
+    place = data.index(b"face 003.jpg") + 900  # inside the photo's bytes: the checksum tells
+    path.write_bytes(data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :])
+    run("--data", "photos.zip", "--epochs", "1")
+    said = capsys.readouterr().out
+    assert "photos.zip/faces/face 003.jpg cannot be read as an image (Bad CRC-32" in said
+    assert "photos.zip/text.jpg cannot be read as an image (unknown format)" in said
+    assert "Photos      7 (2 files skipped)" in said
+
+
+def test_a_member_that_unpacks_to_too_much_is_refused(workplace, monkeypatch, capsys):
+    with zipfile.ZipFile("bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.png", bytes(10**6 + 1))
+    monkeypatch.setattr(vae, "MAX_PIXELS", 125_000)
+    code, said = refusal(generate, capsys, "--image", "bomb.zip")
+    assert code == 1 and "No photo in bomb.zip can be read" in said
+    with pytest.raises(UserError, match="a file of over 1 MB"):
+        read_image(vae.find_photos("bomb.zip")[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [(np.uint8, ()), (np.uint8, (1,)), (np.uint8, (3,)), (np.float32, ()), (np.float64, (3,)), (">f2", (1,))],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_arrays_are_photos(tmp_path, monkeypatch, dtype, shape, channels):
+    monkeypatch.chdir(tmp_path)
+    grey = np.random.default_rng(0).integers(0, 256, (5, 24, 24, *shape), dtype=np.uint8)
+    values = grey if dtype == np.uint8 else (grey / 255).astype(dtype)
+    np.save("faces.npy", np.asfortranarray(values) if dtype == np.float64 else values)
+    as_colour = np.broadcast_to(grey.reshape(5, 24, 24, -1), (5, 24, 24, 3))
+    found = decoded("faces.npy", 24, channels).astype(int)
+    if channels == 3:
+        assert np.array_equal(found, as_colour)
+    else:  # luma of ITU-R 601, as Pillow has it
+        expected = as_colour @ np.array([0.299, 0.587, 0.114])
+        assert np.abs(found[..., 0] - expected).max() <= 1
+
+
+def test_arrays_are_scaled_and_cropped_like_photos(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    array = np.random.default_rng(0).integers(0, 256, (4, 40, 30), dtype=np.uint8)
+    np.save("tall.npy", array)
+    for row, pixels in zip(decoded("tall.npy", 16, 1), array, strict=True):
+        assert np.array_equal(row[..., 0], np.asarray(vae.celeb_transforms(16)[1](Image.fromarray(pixels))))
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.array([{"a": 1}, None] * 5, dtype=object), "Python objects"),
+        (np.zeros((9, 24), np.uint8), "uint8 of shape (9, 24)"),
+        (np.zeros((9, 24, 24, 2), np.uint8), "shape (9, 24, 24, 2)"),
+        (np.zeros((9, 24, 24, 3, 1), np.uint8), "shape (9, 24, 24, 3, 1)"),
+        (np.zeros((9, 24, 24), np.int64), "int64 of shape"),
+        (np.zeros((9, 24, 24), bool), "bool of shape"),
+        (np.zeros((9, 24, 24), np.complex64), "complex64 of shape"),
+        (np.zeros(9, [("a", "u1"), ("b", "f4")]), "of shape (9,)"),
+        (np.array(7, np.uint8), "of shape ()"),
+        (np.full((9, 24, 24), 1.5, np.float32), "values outside [0, 1]"),
+        (np.full((9, 24, 24), np.nan, np.float32), "values outside [0, 1]"),
+        (-np.ones((9, 24, 24), np.float16), "values outside [0, 1]"),
+    ],
+)
+def test_arrays_that_are_no_photos(tmp_path, monkeypatch, capsys, array, words):
+    monkeypatch.chdir(tmp_path)
+    np.save("faces.npy", array)
+    code, said = refusal(run, capsys, "--data", "faces.npy")
+    assert code == 1 and "faces.npy " in said and words in said
+
+
+@pytest.mark.parametrize("data", [b"", b"no array", b"\x93NUMPY\1\0\xff\xff", "cut", "npz"])
+def test_files_that_are_no_arrays(tmp_path, monkeypatch, capsys, data):
+    monkeypatch.chdir(tmp_path)
+    np.save("faces.npy", np.zeros((9, 24, 24), np.uint8))
+    if data == "npz":
+        np.savez("faces", a=np.zeros(3))
+        Path("faces.npz").rename("faces.npy")
+    else:
+        Path("faces.npy").write_bytes(Path("faces.npy").read_bytes()[:1000] if data == "cut" else data)
+    code, said = refusal(run, capsys, "--data", "faces.npy")
+    assert code == 1 and "faces.npy cannot be read as an archive or array of photos (" in said
+
+
+def test_an_array_that_takes_the_place_of_another_is_read_anew(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for value in (10, 200):
+        np.save("new.npy", np.full((5, 16, 16), value, np.uint8))
+        os.replace("new.npy", "faces.npy")
+        assert (decoded("faces.npy", 16, 1) == value).all()
 
 
 class Hang(BaseException):

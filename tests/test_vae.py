@@ -274,7 +274,7 @@ def test_images_are_found_in_all_folders_and_loops_end(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
-    assert vae.find_images(tmp_path) == [tmp_path / "a/c.png", tmp_path / "b.JPG"]
+    assert vae.find_photos(tmp_path) == [vae.Photo(tmp_path / "a/c.png"), vae.Photo(tmp_path / "b.JPG")]
 
 
 def test_grids(tmp_path):
