@@ -344,8 +344,8 @@ def latents_line(row):
     if row["active_units"] == 0:
         return f"{state}: the posterior has collapsed, so all photos look alike; lower BETA or raise KL_WARMUP_EPOCHS"
     if row["epoch"] >= KL_WARMUP_EPOCHS and row["marginal_kl"] > 0.5 * LATENT_DIM:
-        why = f"the KL weight is weak, and the codes lie {row['marginal_kl']:.0f} nats from N(0, I)"
-        return f"{state}; {why}: only samples of the fitted prior will look like photos"
+        why = f"under so weak a KL weight they lie {row['marginal_kl']:.0f} nats off N(0, I)"
+        return f"{state}; {why}, whose samples will look wrong (those of the fitted prior will not)"
     return state
 
 

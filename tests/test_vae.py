@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from faces import draw_face
 from PIL import Image
-from torch.distributions import Independent, Normal, kl_divergence
+from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
 
 import vae
 from vae import VAE, load_checkpoint, read_image, save_checkpoint
@@ -230,6 +231,31 @@ def test_prior_is_standard_normal_at_first():
     model = VAE(16, 1, [2], 4)
     eps = torch.randn(5, 4)
     assert torch.equal(model.draw_latents(eps), eps) and not model.prior_is_fitted()
+
+
+def test_marginal_kl_is_that_of_the_fitted_prior_from_n_0_i():
+    model = vae.VAE(16, 1, [2], 4)
+    assert model.marginal_kl() == 0
+    model.fit_prior(torch.randn(50, 4) * torch.tensor([0.1, 1, 2, 3]) + 1, torch.randn(50, 4))
+    fitted = MultivariateNormal(model.latent_mean, scale_tril=model.latent_scale)
+    expected = kl_divergence(fitted, MultivariateNormal(torch.zeros(4), torch.eye(4)))
+    assert model.marginal_kl() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_active_units_vary_with_the_photo():
+    model, spread = vae.VAE(16, 1, [2], 4), torch.tensor([0.05, 0.09, 0.11, 2.0])
+    model.fit_prior(torch.randn(5000, 4) * spread + 7, torch.zeros(5000, 4))
+    assert model.active_units(torch.randn(5000, 4) * spread + 7).tolist() == [False, False, True, True]
+    assert model.active_units(torch.full((1, 4), 9.0)).all()  # even one photo tells, by its distance from the mean
+
+
+@pytest.mark.parametrize(("count", "latent_dim", "channels"), [(1, 5, 3), (2, 1, 1), (30, 5, 1)])
+def test_a_picture_of_the_latent_space_is_drawn_for_any_number_of_photos(tmp_path, count, latent_dim, channels):
+    model, mu = vae.VAE(16, channels, [2], latent_dim), torch.randn(count, latent_dim)
+    photos = torch.randint(0, 256, (min(count, 10), 16, 16, channels), dtype=torch.uint8)
+    with warnings.catch_warnings(action="error"):
+        vae.plot_latents(model, photos, mu, torch.zeros(count, latent_dim), tmp_path / "latent_space.png")
+    assert Image.open(tmp_path / "latent_space.png").size == (1320, 660)
 
 
 def test_latent_noise_of_a_row_depends_on_seed_and_row_alone():
