@@ -33,7 +33,6 @@ SEED: int = 0  # start of the random numbers; another one gives other variations
 DEVICE: str = "auto"  # "auto" is CUDA where there is one, else the CPU; or name a device: "cpu", "cuda:1"
 
 SWEEP = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # the W of the rows of "sweep"
-STEPS = 20  # of an interpolation, both ends included
 
 
 # Photos and codes
@@ -97,14 +96,14 @@ def perturb(model, mu, log_var, eps, w):
     return kept + math.sqrt(w) * (eps @ model.latent_scale.T)
 
 
-def between(model, start, end):
-    """Return STEPS codes (STEPS, L) on the way between two codes (L,), both included, as likely as these are.
+def between(model, start, end, steps=20):
+    """Return codes (steps, L) on the way from a code (L,) to another, both included, that are as likely as these.
 
     Spherical interpolation (Shoemake 1985; for latent codes White 2016, arXiv:1609.04468) about the prior's mean, in
     the coordinates in which the prior is N(0, I). A straight line would pass near the mean, where the pictures are
     those of nobody: averages, pale and smooth.
     """
-    t = torch.linspace(0, 1, STEPS, device=start.device)[:, None]
+    t = torch.linspace(0, 1, steps, device=start.device)[:, None]
     offsets = torch.stack([start, end], dim=1) - model.latent_mean[:, None]
     whitened = torch.linalg.solve_triangular(model.latent_scale, offsets, upper=False)
     angle = torch.acos(torch.cosine_similarity(*whitened.T, dim=0).clamp(-1, 1))
@@ -167,7 +166,7 @@ def sample(model):
 
 
 def interpolate(model):
-    """STEPS pictures on the way from the photo IMAGE to the photo IMAGE_TO, or from a sample to another."""
+    """20 pictures on the way from the photo IMAGE to the photo IMAGE_TO, or from a sample to another."""
     if IMAGE_TO:
         ends = [model.encode(first_photo(model, *end))[0][0] for end in ((IMAGE, "IMAGE"), (IMAGE_TO, "IMAGE_TO"))]
     else:

@@ -318,11 +318,8 @@ def open_version(path, *version):
         array = np.lib.format.open_memmap(path, "r")  # which unpickles nothing
     except Exception as error:  # whatever zipfile and NumPy stumble over in a broken file
         raise UserError(f"{path} cannot be read as an archive or array of photos ({error}).") from None
-    values, shape = (
-        array.dtype == np.uint8 or array.dtype.kind == "f",
-        array.ndim == 3 or array.shape[3:] in [(1,), (3,)],
-    )
-    if not (values and shape):
+    values = array.dtype == np.uint8 or array.dtype.kind == "f"
+    if not values or (array.ndim != 3 and array.shape[3:] not in [(1,), (3,)]):
         raise UserError(
             f"{path} holds {array.dtype} of shape {array.shape}: an array of photos is uint8 or float in [0, 1], of "
             f"shape (N, height, width) or (N, height, width, 1 or 3)."
@@ -447,8 +444,8 @@ def build_cache(photos, cache, size, channels):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         crop = functools.partial(crop_photos, size=size, channels=channels)
         loader = DataLoader(photos, 16, num_workers=workers, multiprocessing_context=context, collate_fn=crop)
-        images = tqdm(loader, "Reading photos", unit="batch", leave=False, disable=None)
-        for pixels in itertools.chain.from_iterable(images):
+        cropped = itertools.chain.from_iterable(loader)
+        for pixels in tqdm(cropped, "Reading photos", len(photos), unit="photo", leave=False, disable=None):
             if isinstance(pixels, UserError):
                 tqdm.write(f"Skipped: {pixels}")
             else:
@@ -499,10 +496,9 @@ def save_picture(frames, path):
     Raises UserError where the format has no room for so large a picture, or the file cannot be written.
     """
     first, *others = frames
-    endless = {"save_all": True, "append_images": others, "duration": 100, "loop": 0}
-    options = (
-        {**endless, "lossless": True} if others else {"quality": 95}
-    )  # a lossy WebP drops frames that differ little
+    options = {"quality": 95}
+    if others:  # lossless, as a lossy WebP drops frames that differ little
+        options = {"save_all": True, "append_images": others, "duration": 100, "loop": 0, "lossless": True}
     with atomic_write(path) as file:
         try:
             first.save(file, Image.registered_extensions()[Path(path).suffix.lower()], **options)
