@@ -542,8 +542,9 @@ def plot_latents(model, photos, mu, log_var, path):
         left.set_xlabel(f"first principal axis of the codes ({shares[0]:.1%} of their variance)")
         left.set_ylabel(f"second principal axis ({shares[1]:.1%})")
         for chosen, label, colour in ((active, "active", "C0"), (~active, "unused", "0.7")):
-            bars = 1 + chosen.nonzero().flatten().numpy(), kl[chosen].numpy()
-            right.bar(*bars, color=colour, label=f"{chosen.sum()} latents {label}")
+            if count := chosen.sum().item():
+                places, heights = 1 + chosen.nonzero().flatten().numpy(), kl[chosen].numpy()
+                right.bar(places, heights, color=colour, label=f"{count} latents {label}")
         right.set(xlabel="latents, sorted", ylabel="KL in nats, mean of the validation photos")
         right.xaxis.get_major_locator().set_params(integer=True)
         right.legend()

@@ -269,15 +269,15 @@ def test_files_of_a_run(trained):
 
 
 def test_latents_line_tells_what_state_they_are_in():
-    row = {"epoch": 3, "val_kl": 40.26, "active_units": 100, "marginal_kl": 63.0}
+    row = {"epoch": 3, "val_kl": 40.26, "active_units": 100, "marginal_kl": 31.0}
     assert train.latents_line(row) == "  Latents    40.3 nats KL, 100 of 128 active"
-    assert "; under so weak a KL weight they lie 65 nats off N(0, I), whose" in train.latents_line(
-        row | {"marginal_kl": 65}
+    assert "; under so weak a KL weight they lie 33 nats off N(0, I), whose" in train.latents_line(
+        row | {"marginal_kl": 33}
     )
     collapsed = train.latents_line(row | {"val_kl": 0.01, "active_units": 0})
     assert "0.0 nats KL, 0 of 128 active: the posterior has collapsed" in collapsed and "lower BETA" in collapsed
     train.KL_WARMUP_EPOCHS = 4.0
-    assert "N(0, I)" not in train.latents_line(row | {"marginal_kl": 65})  # the weight has yet to reach its height
+    assert "N(0, I)" not in train.latents_line(row | {"marginal_kl": 33})  # the weight has yet to reach its height
 
 
 def test_a_run_says_that_its_posterior_has_collapsed(workplace, capsys):

@@ -253,6 +253,7 @@ def test_active_units_vary_with_the_photo():
 def test_a_picture_of_the_latent_space_is_drawn_for_any_number_of_photos(tmp_path, count, latent_dim, channels):
     model, mu = vae.VAE(16, channels, [2], latent_dim), torch.randn(count, latent_dim)
     photos = torch.randint(0, 256, (min(count, 10), 16, 16, channels), dtype=torch.uint8)
+    pytest.importorskip("matplotlib.offsetbox")  # whose own imports may warn
     with warnings.catch_warnings(action="error"):
         vae.plot_latents(model, photos, mu, torch.zeros(count, latent_dim), tmp_path / "latent_space.png")
     assert Image.open(tmp_path / "latent_space.png").size == (1320, 660)
