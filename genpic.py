@@ -23,7 +23,7 @@ from vae import UserError, printable, require
 CHECKPOINT: str = "checkpoints_best/vae_model_20.pth"  # the model, as train.py leaves it
 IMAGE: str = "data/tested_data"  # a photo; or a folder, .zip or .npy: its first photo ("reconstruct" takes all of them)
 IMAGE_TO: str = ""  # the photo that "interpolate" goes to from IMAGE; if empty, it goes from a sample to another
-OUTPUT: str = "generated_images_grid2.jpg"  # the picture to write: .jpg, .png, .webp, or an animated .gif
+OUTPUT: str = "generated_images_grid2.jpg"  # the picture to write: .jpg, .png or .webp; of "interpolate" also .gif
 MODE: str = "variations"  # "variations" of the photo, "reconstruct" all photos, "sample", "interpolate", "sweep" over W
 NUM_VARIATIONS: int = 10  # how many variations of the photo
 W: float = 0.01  # the w of the write-up, share of the code's variance drawn anew: 0 the same face, 1 any other
