@@ -38,8 +38,12 @@ SWEEP = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # the W of the rows of "sweep"
 # Photos and codes
 def photos_of(place, name):
     """Return the Photos that a constant of this name and value stands for: one, or all in a folder, .zip or .npy."""
-    require(Path(place).exists(), name, place, "a photo, or a folder, .zip or .npy with photos, that exists")
-    photos = vae.find_photos(place)
+    containers = [path for path in Path(place).parents if vae.is_container(path) and path.is_file()]
+    exists = containers or Path(place).exists()
+    require(exists, name, place, "a photo, or a folder, .zip or .npy with photos, that exists")
+    photos = vae.find_photos(containers[0] if containers else place)
+    if containers:  # a photo in one of them
+        photos = [photo for photo in photos if str(photo) == str(Path(place))]
     if not photos:
         raise UserError(f"There is no photo in {place}: put one there, or name one with --image.", 2)
     return photos
@@ -59,7 +63,7 @@ def readable_photos(model, place, name):
         try:
             image = load_photo(model, photo)
         except UserError as error:
-            if photo.path == Path(place) and photo.member is None:
+            if str(photo) == str(Path(place)):
                 raise
             print(f"Skipped     {error}")
         else:
@@ -97,7 +101,7 @@ def perturb(model, mu, log_var, eps, w):
 
 
 def between(model, start, end, steps=20):
-    """Return codes (steps, L) on the way from a code (L,) to another, both included, that are as likely as these.
+    """Return codes (steps, L) on the way from a code (L,) to another, both included, about as likely as these.
 
     Spherical interpolation (Shoemake 1985; for latent codes White 2016, arXiv:1609.04468) about the prior's mean, in
     the coordinates in which the prior is N(0, I). A straight line would pass near the mean, where the pictures are
@@ -107,7 +111,7 @@ def between(model, start, end, steps=20):
     offsets = torch.stack([start, end], dim=1) - model.latent_mean[:, None]
     whitened = torch.linalg.solve_triangular(model.latent_scale, offsets, upper=False)
     angle = torch.acos(torch.cosine_similarity(*whitened.T, dim=0).clamp(-1, 1))
-    if angle.sin() < 1e-3:  # the same direction or the opposite one, where the formula divides by zero
+    if angle.sin() < 1e-3:  # in the same direction or the opposite one the formula divides by zero; go straight
         return torch.lerp(start, end, t)
     share, share_end = torch.sin((1 - t) * angle) / angle.sin(), torch.sin(t * angle) / angle.sin()
     return share * start + share_end * end + (1 - share - share_end) * model.latent_mean
@@ -188,6 +192,7 @@ MODES = {
 def check_settings():
     """Raise UserError for a constant that cannot be."""
     require(MODE in MODES, "MODE", MODE, f"one of {', '.join(MODES)}")
+    require(MODE == "interpolate" or not IMAGE_TO, "MODE", MODE, '"interpolate" where IMAGE_TO names a photo')
     require(NOISE in ("population", "posterior"), "NOISE", NOISE, '"population" or "posterior"')
     require(PRIOR in ("fitted", "standard"), "PRIOR", PRIOR, '"fitted" or "standard"')
     require(0 <= W <= 1, "W", W, "a number from 0 to 1")
@@ -202,12 +207,11 @@ def check_settings():
         raise UserError(f"There is no checkpoint {CHECKPOINT}: {hint}.", 2)
 
 
-def check_output(path):
-    """Raise UserError where a picture would take the place of one of the photos it is made from."""
-    sources = {"sample": [], "interpolate": [IMAGE, IMAGE_TO] if IMAGE_TO else []}.get(MODE, [IMAGE])
-    photos = [photo for place in sources for photo in photos_of(place, "IMAGE")] if path.exists() else []
-    if path.resolve() in {photo.path.resolve() for photo in photos}:
-        raise UserError(f"OUTPUT is {path}, which is one of the photos: name another file with --output.", 2)
+def input_files():
+    """Return the files of the photos that the pictures are made from, so that none takes the place of one."""
+    ends = [(IMAGE, "IMAGE"), (IMAGE_TO, "IMAGE_TO")] if IMAGE_TO else []
+    places = {"sample": [], "interpolate": ends}.get(MODE, [(IMAGE, "IMAGE")])
+    return {path.resolve() for path in {photo.path for place in places for photo in photos_of(*place)}}
 
 
 def describe_model(model, info):
@@ -230,9 +234,11 @@ def main(argv=None):
     if PRIOR == "standard":
         model.latent_mean.zero_()
         model.latent_scale.copy_(torch.eye(len(model.latent_mean)))
+    inputs = input_files()
     for number, (images, columns) in enumerate(MODES[MODE](model), start=1):
         output = Path(OUTPUT) if number == 1 else Path(OUTPUT).with_stem(f"{Path(OUTPUT).stem}-{number}")
-        check_output(output)
+        if output.resolve() in inputs:
+            raise UserError(f"OUTPUT is {output}, which is one of the photos: name another file with --output.", 2)
         if MODE == "interpolate" and output.suffix.lower() in (".gif", ".webp"):
             vae.save_animation(images, output)
         else:

@@ -63,7 +63,8 @@ def find_photos():
     place = Path(DATA)
     usable = place.exists() and (place.is_dir() or vae.is_container(place))
     photos = vae.find_photos(place, without=OUTPUT_DIR) if usable else []
-    if not photos and place == Path("data/train") and (photos := vae.find_photos("data/demo")):
+    untouched = place == Path("data/train") and not any(map(vae.is_container, place.rglob("*")))
+    if not photos and untouched and (photos := vae.find_photos("data/demo")):
         print("There are no photos in data/train yet, so this run learns from the demo faces in data/demo.")
         place = Path("data/demo")
     if not photos:
@@ -288,13 +289,15 @@ def evaluate(model, photos, val_set, device):
 
 
 def fit_prior(model, photos, train_set, device):
-    """Fit the model's prior to the codes of at most 16,384 photos of the training split."""
+    """Fit the model's prior to the codes of at most 16,384 photos of the training split; return their mu (N, L)."""
     chosen = train_set[:16384]
     codes = [torch.stack([mu, log_var], dim=1) for _, mu, log_var in encode_photos(model, photos, chosen, device)]
+    mu, log_var = vae.gathered(torch.cat(codes), len(chosen)).unbind(1)
     try:
-        model.fit_prior(*vae.gathered(torch.cat(codes), len(chosen)).unbind(1))
+        model.fit_prior(mu, log_var)
     except torch.linalg.LinAlgError:
         raise diverged("The latent codes grew out of bounds") from None
+    return mu
 
 
 # What a run leaves behind
@@ -309,9 +312,9 @@ def finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, sp
     figures, mu, log_var = evaluate(model, photos, val_set, device)
     if not math.isfinite(figures["val_loss"]):
         raise diverged(f"The validation loss of epoch {epoch} is not finite")
-    fit_prior(model, photos, train_set, device)
+    active = vae.active_units(fit_prior(model, photos, train_set, device))
     means = {f"train_{name}": total / seen for name, total in zip(("loss", "reconstruction", "kl"), sums, strict=True)}
-    latents = {"active_units": model.active_units(mu).sum().item(), "marginal_kl": model.marginal_kl()}
+    latents = {"active_units": active.sum().item(), "marginal_kl": model.marginal_kl()}
     row = {"epoch": epoch, **means, **figures, **latents, "images_per_second": speed}
     best = row["val_loss"] < min((earlier["val_loss"] for earlier in run["history"]), default=math.inf)
     run |= {"epoch": epoch, "step": 0, "sums": [0.0] * 4, "history": [*run["history"], row]}
@@ -324,7 +327,7 @@ def finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, sp
             save_history(run["history"], out / "history.csv")
             plot_history(run["history"], out / "loss_curves.png")
             if epoch == EPOCHS:
-                vae.plot_latents(model, photos[val_set[:150]].cpu(), mu, log_var, out / "latent_space.png")
+                vae.plot_latents(photos[val_set[:150]].cpu(), mu, log_var, active, out / "latent_space.png")
             save_last(model, optimizer, run, settings)
     print(epoch_line(row, best), latents_line(row), sep="\n", flush=True)
 
@@ -341,11 +344,11 @@ def epoch_line(row, best):
 def latents_line(row):
     """Return the line that tells a person in what state the latents are."""
     state = f"  Latents    {row['val_kl']:.1f} nats KL, {row['active_units']} of {LATENT_DIM} active"
-    if row["active_units"] == 0:
-        return f"{state}: the posterior has collapsed, so all photos look alike; lower BETA or raise KL_WARMUP_EPOCHS"
+    if max(row["train_kl"], row["val_kl"]) < 1:  # the first epochs of a small run validate badly, but do not train so
+        advice = "" if RECONSTRUCTION == "sigma" else "lower BETA or "
+        return f"{state}: the posterior has collapsed, so all photos look alike; {advice}raise KL_WARMUP_EPOCHS"
     if row["epoch"] >= KL_WARMUP_EPOCHS and row["marginal_kl"] > 0.25 * LATENT_DIM:
-        why = f"under so weak a KL weight they lie {row['marginal_kl']:.0f} nats off N(0, I)"
-        return f"{state}; {why}, whose samples will look wrong (those of the fitted prior will not)"
+        return f"{state}; so weak a KL leaves them {row['marginal_kl']:.0f} nats off N(0, I), whose samples look wrong"
     return state
 
 
@@ -442,7 +445,9 @@ def resume_run(model, optimizer, settings, photos):
     saved, info = vae.load_checkpoint(last_path())
     run, then = info.get("state"), info.get("constants")
     if info.get("seal") != seal(run, then):
-        raise UserError(f"{last_path()} is not the last.pth of a run: there is nothing in it to resume.")
+        raise UserError(
+            f"{last_path()} is not the last.pth of a run of this train.py: there is nothing in it to resume."
+        )
     then, now = then | {"photos": run["photos"]}, settings | {"photos": photos}
     free = {"RESUME", "DATA", "OUTPUT_DIR", "DEVICE", "AMP", "COMPILE"}  # may change between the sessions of a run
     keys = sorted((then.keys() | now.keys()) - free)

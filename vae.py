@@ -143,13 +143,6 @@ class VAE(nn.Module):
         squares = self.latent_scale.square().sum() + self.latent_mean.square().sum()
         return 0.5 * (squares - len(self.latent_mean)).item() - self.latent_scale.diagonal().log().sum().item()
 
-    def active_units(self, mu):
-        """Return for each latent (L,) whether codes mu (N, L) make use of it: they vary by more than 0.01.
-
-        Burda, Grosse & Salakhutdinov 2016, arXiv:1509.00519, section 5.2, with the mean of the fitted prior.
-        """
-        return (mu.to(self.latent_mean.device) - self.latent_mean).square().mean(0) > 0.01
-
     def prior_is_fitted(self):
         """Whether `fit_prior` has been called on these weights; if not, the prior is N(0, I)."""
         return not torch.equal(self.latent_scale, torch.eye(len(self.latent_scale), device=self.latent_scale.device))
@@ -223,6 +216,14 @@ def kl_divergence(mu, log_var):
     return kl_per_latent(mu, log_var).sum(1)
 
 
+def active_units(mu):
+    """Return for each latent (L,) whether the codes mu (N, L) of photos make use of it: their variance is over 0.01.
+
+    Burda, Grosse & Salakhutdinov 2016, arXiv:1509.00519, section 5.2.
+    """
+    return mu.var(0, correction=0) > 0.01
+
+
 def psnr(squared_error, pixels):
     """Peak signal-to-noise ratio in dB of a squared error summed over so many values in [0, 1]."""
     return -10 * math.log10(max(squared_error / pixels, 1e-12))
@@ -255,8 +256,8 @@ def is_image(name):
 def find_photos(place, without=None):
     """Return the Photos of a file, or of all files in a folder and the folders in it, but not below `without`.
 
-    Archives and arrays count as the photos in them. Links are followed, hidden files and folders are passed over; a
-    folder, archive or array that cannot be opened is named, and raises UserError where it is `place` itself.
+    Archives and arrays count as the photos in them. Links are followed, hidden files and folders are passed over; what
+    cannot be opened is named. Raises UserError where `place` is itself an archive or array that cannot be used.
     """
     if os.path.exists(place) and not os.path.isdir(place):
         return photos_in(Path(place))
@@ -291,9 +292,10 @@ def photos_in(path):
         return [Photo(path)]
     container = open_container(path)
     if isinstance(container, zipfile.ZipFile):
-        return [Photo(path, name) for name in sorted(set(container.namelist())) if is_image(name)]
+        names = {member.filename for member in container.infolist() if not member.is_dir()}
+        return [Photo(path, name) for name in sorted(names) if is_image(name)]
     if container.size and container.dtype != np.uint8 and not 0 <= container.min() <= container.max() <= 1:
-        raise UserError(f"{path} has values outside [0, 1]: an array of photos is uint8, or float in [0, 1].")
+        raise UserError(f"{path} has values outside [0, 1], or none: an array of photos is uint8, or float in [0, 1].")
     return [Photo(path, row) for row in range(len(container))]
 
 
@@ -303,12 +305,12 @@ def open_container(path):
     Raises UserError where it is broken, encrypted, or an array of something else; objects are never unpickled.
     """
     stat = os.stat(path)
-    return open_version(os.path.realpath(path), stat.st_ino, stat.st_mtime_ns, stat.st_size, os.getpid())
+    return open_version(str(path), stat.st_ino, stat.st_mtime_ns, stat.st_size, os.getpid())
 
 
 @functools.lru_cache(maxsize=8)
 def open_version(path, *version):
-    """Open an archive or array; `version` tells it from others that have, or will have, the same path."""
+    """Open an archive or array; `version` tells it from others of that path, and for other processes."""
     try:
         if path.lower().endswith(".zip"):
             archive = zipfile.ZipFile(path)
@@ -318,11 +320,12 @@ def open_version(path, *version):
         array = np.lib.format.open_memmap(path, "r")  # which unpickles nothing
     except Exception as error:  # whatever zipfile and NumPy stumble over in a broken file
         raise UserError(f"{path} cannot be read as an archive or array of photos ({error}).") from None
-    values = array.dtype == np.uint8 or array.dtype.kind == "f"
-    if not values or (array.ndim != 3 and array.shape[3:] not in [(1,), (3,)]):
+    values, shape = array.dtype == np.uint8 or array.dtype.kind == "f", array.shape
+    photos = shape[3:] in [(1,), (3,)] or (len(shape) == 3 and shape[2] > 3)  # else one picture in colour
+    if not (values and photos and 0 < math.prod(shape[1:3]) <= MAX_PIXELS):
         raise UserError(
-            f"{path} holds {array.dtype} of shape {array.shape}: an array of photos is uint8 or float in [0, 1], of "
-            f"shape (N, height, width) or (N, height, width, 1 or 3)."
+            f"{path} holds {array.dtype} of shape {shape}: an array of photos is uint8 or float in [0, 1], of shape "
+            f"(N, height, width) or (N, height, width, 1 or 3), of at most {MAX_PIXELS:,} pixels each."
         )
     return array
 
@@ -352,9 +355,13 @@ def open_photo(path, member=None):
         return Image.open(path, formats=image_formats())
     container = open_container(path)
     if isinstance(container, zipfile.ZipFile):
-        if container.getinfo(member).file_size > 8 * MAX_PIXELS:
+        info = container.getinfo(member)
+        if info.file_size > 8 * MAX_PIXELS:
             raise ValueError(f"a file of over {8 * MAX_PIXELS / 1e6:.0f} MB")
-        return Image.open(io.BytesIO(container.read(member)), formats=image_formats())
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others cannot be read in bounds
+            raise ValueError("neither stored nor deflated")
+        with container.open(info) as file:
+            return Image.open(io.BytesIO(file.read(info.file_size + 1)), formats=image_formats())
     pixels = container[member] if container.dtype == np.uint8 else (container[member] * 255).round().astype(np.uint8)
     return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
 
@@ -443,7 +450,8 @@ def build_cache(photos, cache, size, channels):
         if shutil.disk_usage(cache.parent).free < total:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         crop = functools.partial(crop_photos, size=size, channels=channels)
-        loader = DataLoader(photos, 16, num_workers=workers, multiprocessing_context=context, collate_fn=crop)
+        options = {"num_workers": workers, "multiprocessing_context": context, "worker_init_fn": end_with_parent}
+        loader = DataLoader(photos, 16, collate_fn=crop, **options)
         cropped = itertools.chain.from_iterable(loader)
         for pixels in tqdm(cropped, "Reading photos", len(photos), unit="photo", leave=False, disable=None):
             if isinstance(pixels, UserError):
@@ -452,6 +460,12 @@ def build_cache(photos, cache, size, channels):
                 file.write(pixels)
         if not file.tell():
             raise UserError(f"None of the {len(photos)} photos can be read; the first is {photos[0]}.")
+
+
+def end_with_parent(worker):
+    """Have Linux end this process when the one that started it is killed, as it may be waiting for it for ever."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def crop_photos(photos, size, channels):
@@ -520,10 +534,10 @@ def figure(path, width, height):
             drawing.savefig(file, dpi=120)
 
 
-def plot_latents(model, photos, mu, log_var, path):
+def plot_latents(photos, mu, log_var, active, path):
     """Draw photos (n, H, W, C) at the places of their codes, the first n of mu (N, L), and the use of each latent.
 
-    The places are those on the first two principal axes of all N codes.
+    The places are those on the first two principal axes of all N codes; `active` (L,) tells which latents are used.
     """
     from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
@@ -531,7 +545,7 @@ def plot_latents(model, photos, mu, log_var, path):
     variances, axes = (part.flip(-1) for part in torch.linalg.eigh(centred.T @ centred))
     places, shares = centred @ axes[:, :2], variances / variances.sum().clamp_min(1e-12)
     kl, order = kl_per_latent(mu, log_var).mean(0).sort(descending=True)
-    active = model.active_units(mu).cpu()[order]
+    active = active[order]
     with figure(path, 11, 5.5) as drawing:
         left, right = drawing.subplots(1, 2, width_ratios=[1.2, 1])
         for place, photo in zip(places.tolist(), photos.numpy(), strict=False):
@@ -925,7 +939,8 @@ def script(main):
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             if not (sentence := explanation(error)):
                 raise
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of torchrun would say the same
+            everywhere = isinstance(error, UserError) or "Another process" in str(sentence)
+            if rank() == 0 or not everywhere:  # else process 0 says the same
                 print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
             raise SystemExit(getattr(error, "code", 1)) from None
         finally:

@@ -270,6 +270,7 @@ def test_grey_models_give_grey_pictures(workplace, mode):
         ("--num-variations 0", 2, "at least 1"),
         ("--seed -1", 2, "at least 0"),
         ("--device tpu", 2, "DEVICE"),
+        ("--image-to me.jpg", 2, "MODE is 'variations': it must be \"interpolate\" where IMAGE_TO names a photo"),
         ("--prior uniform", 2, '"fitted" or "standard"'),
         ("--mode interpolate --image-to missing.jpg", 2, "IMAGE_TO is 'missing.jpg'"),
         ("--mode interpolate --image-to broken.jpg", 1, "broken.jpg cannot be read as an image"),

@@ -386,7 +386,7 @@ def test_weights_that_are_not_finite_are_never_saved(workplace, monkeypatch, cap
         return dict.fromkeys(figures, 1.0), torch.zeros(2, 8), torch.zeros(2, 8)
 
     monkeypatch.setattr(train, "evaluate", spoil)
-    monkeypatch.setattr(train, "fit_prior", lambda *_: None)
+    monkeypatch.setattr(train, "fit_prior", lambda *_: torch.zeros(2, 8))
     before = Path(TRAINED).read_bytes()
     code, said = refusal(run, capsys, "--epochs", "8")
     assert code == 1 and f"fc_mu.bias is no longer finite, so {TRAINED} has not been written" in said
@@ -468,6 +468,32 @@ def test_a_run_that_is_ended_while_processes_decode_can_be_started_again_at_once
     assert len(list(Path("data/cache").glob(".partial-*"))) == (number == signal.SIGKILL)
     run("--epochs", "1")
     assert process.exitcode == (-9 if number == signal.SIGKILL else 143) and Path("checkpoints_best/last.pth").exists()
+
+
+@in_linux
+def test_processes_that_decode_end_with_a_run_that_is_killed(workplace, monkeypatch, fork):
+    draw_faces(workplace / "faces", 300)
+
+    def slowly(photos, **_):
+        Path(f"worker {os.getpid()}").touch()
+        time.sleep(0.2)
+        return [bytes(10**6)] * len(photos)  # more than a pipe takes from a process that nobody reads from
+
+    monkeypatch.setattr(vae, "cores", lambda: 2)
+    monkeypatch.setattr(vae, "crop_photos", slowly)
+    process = fork(run, "--epochs", "1")
+    while len(workers := [path.name.split()[1] for path in workplace.glob("worker *")]) < 2:
+        assert process.is_alive()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    deadline = time.monotonic() + 20
+    while any(
+        Path(f"/proc/{number}/stat").read_text().split()[2] != "Z"
+        for number in workers
+        if Path(f"/proc/{number}").exists()
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 @in_linux

@@ -344,6 +344,8 @@ def test_archives_that_cannot_be_used(workplace, capsys, broken):
 def test_archives_without_photos(workplace, capsys):
     Path("notes.txt").write_text("no photo")
     zipped("photos.zip", "notes.txt")
+    with zipfile.ZipFile("photos.zip", "a") as archive:
+        archive.mkdir("folder.jpg")
     code, said = refusal(run, capsys, "--data", "photos.zip")
     assert code == 2 and "photos.zip holds no photos" in said
     code, said = refusal(generate, capsys, "--image", "photos.zip")
@@ -361,6 +363,45 @@ def test_a_bad_photo_in_an_archive_is_named(workplace, capsys):
     assert "photos.zip/faces/face 003.jpg cannot be read as an image (Bad CRC-32" in said
     assert "photos.zip/text.jpg cannot be read as an image (unknown format)" in said
     assert "Photos      7 (2 files skipped)" in said
+
+
+def test_a_file_without_ending_that_a_link_calls_zip_is_one(workplace):
+    zipped("blob", "faces/face 002.jpg")
+    Path("photos.zip").symlink_to("blob")
+    assert [photo.member for photo in vae.find_photos("photos.zip")] == ["faces/face 002.jpg"]
+
+
+def test_a_photo_in_an_archive_or_array_can_be_named(workplace, capsys):
+    zipped("photos.zip", "faces/face 001.jpg", "faces/face 002.jpg")
+    np.save("array.npy", np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8))
+    for name, same in (("photos.zip/faces/face 002.jpg", "faces/face 002.jpg"), ("array.npy/3", "row.png")):
+        Image.fromarray(np.load("array.npy")[3]).save("row.png")
+        generate("--image", name, "--output", "one.png")
+        assert f"Photo       {name}\n" in capsys.readouterr().out
+        generate("--image", same, "--output", "other.png")
+        assert Path("one.png").read_bytes() == Path("other.png").read_bytes()
+    for name in ("photos.zip/faces/face 003.jpg", "array.npy/5", "faces/face 001.jpg/1"):
+        code, said = refusal(generate, capsys, "--image", name)
+        assert code == 2 and name in said
+
+
+def test_a_broken_archive_is_not_taken_for_an_empty_folder(workplace, capsys):
+    Path("data/train").mkdir()
+    draw_faces(workplace / "data/demo", 5)
+    Path("data/train/img_align_celeba.zip").write_bytes(b"PK")
+    code, said = refusal(train.main, capsys, [])
+    assert code == 2 and "data/train holds no photos" in said
+
+
+def test_members_that_lie_about_their_size_are_read_in_bounds(workplace):
+    for kind, words in ((zipfile.ZIP_DEFLATED, "Bad CRC-32"), (zipfile.ZIP_BZIP2, "neither stored nor deflated")):
+        with zipfile.ZipFile("bomb.zip", "w", kind) as archive:
+            archive.writestr("bomb.png", bytes(10**6))
+        data = Path("bomb.zip").read_bytes()
+        place = data.index(b"PK\1\2") + 24
+        Path("bomb.zip").write_bytes(data[:place] + struct.pack("<I", 1000) + data[place + 4 :])
+        with pytest.raises(UserError, match=words):
+            read_image(vae.find_photos("bomb.zip")[0])
 
 
 def test_a_member_that_unpacks_to_too_much_is_refused(workplace, monkeypatch, capsys):
@@ -412,6 +453,9 @@ def test_arrays_are_scaled_and_cropped_like_photos(tmp_path, monkeypatch):
         (np.zeros((9, 24, 24), np.complex64), "complex64 of shape"),
         (np.zeros(9, [("a", "u1"), ("b", "f4")]), "of shape (9,)"),
         (np.array(7, np.uint8), "of shape ()"),
+        (np.zeros((150, 120, 3), np.uint8), "of shape (150, 120, 3)"),
+        (np.zeros((3, 0, 24), np.uint8), "faces.npy"),
+        (np.zeros((1, 8000, 8000), bool).view(np.uint8), "at most 50,000,000 pixels each"),
         (np.full((9, 24, 24), 1.5, np.float32), "values outside [0, 1]"),
         (np.full((9, 24, 24), np.nan, np.float32), "values outside [0, 1]"),
         (-np.ones((9, 24, 24), np.float16), "values outside [0, 1]"),

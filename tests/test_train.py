@@ -269,22 +269,26 @@ def test_files_of_a_run(trained):
 
 
 def test_latents_line_tells_what_state_they_are_in():
-    row = {"epoch": 3, "val_kl": 40.26, "active_units": 100, "marginal_kl": 31.0}
+    row = {"epoch": 3, "train_kl": 41.0, "val_kl": 40.26, "active_units": 100, "marginal_kl": 31.0}
     assert train.latents_line(row) == "  Latents    40.3 nats KL, 100 of 128 active"
-    assert "; under so weak a KL weight they lie 33 nats off N(0, I), whose" in train.latents_line(
-        row | {"marginal_kl": 33}
-    )
-    collapsed = train.latents_line(row | {"val_kl": 0.01, "active_units": 0})
-    assert "0.0 nats KL, 0 of 128 active: the posterior has collapsed" in collapsed and "lower BETA" in collapsed
+    weak = train.latents_line(row | {"marginal_kl": 33})
+    assert "; so weak a KL leaves them 33 nats off N(0, I), whose samples look wrong" in weak
+    collapsed = row | {"train_kl": 0.9, "val_kl": 0.01, "active_units": 0}
+    said = train.latents_line(collapsed)
+    assert "0.0 nats KL, 0 of 128 active: the posterior has collapsed" in said and "lower BETA" in said
+    for kl in ("train_kl", "val_kl"):  # either may be small for another reason
+        assert "collapsed" not in train.latents_line(collapsed | {kl: 1.1})
+    train.RECONSTRUCTION = "sigma"
+    assert "lower BETA" not in train.latents_line(collapsed)
     train.KL_WARMUP_EPOCHS = 4.0
     assert "N(0, I)" not in train.latents_line(row | {"marginal_kl": 33})  # the weight has yet to reach its height
 
 
 def test_a_run_says_that_its_posterior_has_collapsed(workplace, capsys):
-    run("--epochs", "1", "--beta", "1e5")
+    run("--epochs", "6", "--beta", "1e4")
     assert "the posterior has collapsed" in capsys.readouterr().out
     run("--epochs", "3", "--beta", "0")
-    assert "under so weak a KL weight they lie" in capsys.readouterr().out
+    assert "; so weak a KL leaves them" in capsys.readouterr().out
 
 
 def test_checkpoint_holds_the_best_weights_and_describes_itself(trained):
