@@ -107,7 +107,7 @@ class DieWriting:
 
 
 @in_linux
-@pytest.mark.parametrize("number", [pytest.param(k, marks=pytest.mark.slow if k > 2 else ()) for k in range(17)])
+@pytest.mark.parametrize("number", [pytest.param(k, marks=pytest.mark.slow if k > 2 else ()) for k in range(18)])
 def test_a_run_that_is_killed_while_it_writes_goes_on_as_if_it_never_was(whole, monkeypatch, number, fork):
     die = DieWriting(number)
     with monkeypatch.context() as patch:
