@@ -445,38 +445,46 @@ def build_cache(photos, cache, size, channels):
 
     workers = cores() if cores() > 1 and len(photos) > 256 else 0  # processes: for few photos they start too slowly
     context = "fork" if workers and sys.platform == "linux" else None  # elsewhere each has to import PyTorch first
-    total = len(photos) * size * size * channels
-    with partial_file(cache, total) as partial, open(partial, "wb") as file:
-        if shutil.disk_usage(cache.parent).free < total:
+    each, kept = size * size * channels, []
+    with partial_file(cache, len(photos) * each) as partial:
+        if shutil.disk_usage(cache.parent).free < len(photos) * each:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        crop = functools.partial(crop_photos, size=size, channels=channels)
-        options = {"num_workers": workers, "multiprocessing_context": context, "worker_init_fn": end_with_parent}
-        loader = DataLoader(photos, 16, collate_fn=crop, **options)
-        cropped = itertools.chain.from_iterable(loader)
-        for pixels in tqdm(cropped, "Reading photos", len(photos), unit="photo", leave=False, disable=None):
-            if isinstance(pixels, UserError):
-                tqdm.write(f"Skipped: {pixels}")
+        partial.touch()
+        os.truncate(partial, len(photos) * each)
+        crop = functools.partial(crop_photos, path=partial, size=size, channels=channels)
+        options = {"num_workers": workers, "multiprocessing_context": context, "collate_fn": crop}
+        errors = itertools.chain.from_iterable(DataLoader(list(enumerate(photos)), 16, **options))
+        for k, error in enumerate(tqdm(errors, "Reading photos", len(photos), unit="photo", leave=False, disable=None)):
+            if isinstance(error, OSError):  # of the cache, not of the photo
+                raise error
+            if error:
+                tqdm.write(f"Skipped: {error}")
             else:
-                file.write(pixels)
-        if not file.tell():
+                kept.append(k)
+        if not kept:
             raise UserError(f"None of the {len(photos)} photos can be read; the first is {photos[0]}.")
+        if len(kept) < len(photos):  # close the gaps
+            rows = np.memmap(partial, np.uint8, "r+").reshape(-1, each)
+            for place, k in enumerate(kept):
+                rows[place] = rows[k]
+            del rows
+        os.truncate(partial, len(kept) * each)
 
 
-def end_with_parent(worker):
-    """Have Linux end this process when the one that started it is killed, as it may be waiting for it for ever."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def crop_photos(photos, size, channels):
-    """Scale and crop photos to `size` pixels; return of each the bytes (H, W, C), or the UserError that it met."""
-    cropped, crop = [], celeb_transforms(size)[1]
-    for photo in photos:
-        try:
-            cropped.append(crop(read_image(photo, channels, size)).tobytes())
-        except UserError as error:
-            cropped.append(error)
-    return cropped
+def crop_photos(photos, path, size, channels):
+    """Scale and crop photos, given as pairs (k, Photo), into row k of a file; return the error of each, or None."""
+    errors, crop = [], celeb_transforms(size)[1]
+    with open(path, "r+b") as file:
+        for k, photo in photos:
+            try:
+                pixels = crop(read_image(photo, channels, size)).tobytes()
+                file.seek(k * len(pixels))
+                file.write(pixels)
+                file.flush()
+                errors.append(None)
+            except (UserError, OSError) as error:
+                errors.append(error)
+    return errors
 
 
 # Pictures
