@@ -63,8 +63,8 @@ def find_photos():
     place = Path(DATA)
     usable = place.exists() and (place.is_dir() or vae.is_container(place))
     photos = vae.find_photos(place, without=OUTPUT_DIR) if usable else []
-    untouched = place == Path("data/train") and not any(map(vae.is_container, place.rglob("*")))
-    if not photos and untouched and (photos := vae.find_photos("data/demo")):
+    empty = not photos and place == Path("data/train") and not any(map(vae.is_container, place.rglob("*")))
+    if empty and (photos := vae.find_photos("data/demo")):
         print("There are no photos in data/train yet, so this run learns from the demo faces in data/demo.")
         place = Path("data/demo")
     if not photos:
@@ -514,12 +514,12 @@ def main(argv=None):
         check_settings()
         device = vae.pick_device(DEVICE)
         model, optimizer = new_model(device)
-        paths, names = find_photos()
+        found, names = find_photos()
 
     with vae.claimed(OUTPUT_DIR, "name another --output-dir") if vae.rank() == 0 else nullcontext():
         # Photos, split and the state of the run
         with vae.first_process_first():
-            photos = load_photos(paths, names, device)
+            photos = load_photos(found, names, device)
             train_set, val_set = (part.to(photos.device) for part in split_photos(len(photos)))
             photos_id = f"{len(photos)} photos ({vae.digest(names)})"
             run = resume_run(model, optimizer, settings, photos_id) if RESUME else new_run(photos_id)

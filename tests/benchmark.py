@@ -118,7 +118,7 @@ def plain(paths, settings):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def step(batch):
-        images = torch.stack([vae.celeb_transform(Image.open(path).convert("RGB")) for path in batch]).to(device)
+        images = torch.stack([vae.celeb_transform(Image.open(photo.path).convert("RGB")) for photo in batch]).to(device)
         recon, mu, log_var = model(images)
         loss = F.mse_loss(recon, images) + 0.00025 * vae.kl_divergence(mu, log_var).mean() / mu.shape[1]
         optimizer.zero_grad()
@@ -301,16 +301,13 @@ def measure_starting():
 
 
 def find_photos(folder):
-    """Return the paths of COUNT photos: those of PHOTOS, over again if need be, or faces drawn into `folder`."""
-    paths = (
-        vae.find_photos(PHOTOS)
-        if PHOTOS
-        else [vae.Photo(Path(folder, f"{seed}.jpg")) for seed in range(min(COUNT, 2048))]
-    )
+    """Return COUNT photos: those of PHOTOS, over again if need be, or faces drawn into `folder`."""
+    drawn = [Path(folder, f"{seed}.jpg") for seed in range(min(COUNT, 2048))]
+    paths = [photo.path for photo in vae.find_photos(PHOTOS)] if PHOTOS else drawn
     vae.require(paths, "PHOTOS", PHOTOS, "a folder with photos")
     for seed, path in enumerate([] if PHOTOS else paths):
         draw_face(seed, size=(178, 218)).save(path, quality=95)
-    return [path.absolute() for path in itertools.islice(itertools.cycle(paths), COUNT)]
+    return [vae.Photo(path.absolute()) for path in itertools.islice(itertools.cycle(paths), COUNT)]
 
 
 @vae.script
