@@ -22,6 +22,7 @@ from vae import UserError, printable, require
 
 CHECKPOINT: str = "checkpoints_best/vae_model_20.pth"  # the model, as train.py leaves it
 IMAGE: str = "data/tested_data"  # a photo; or a folder, .zip or .npy: its first photo ("reconstruct" takes all of them)
+CROP: list[int] = []  # left, top and size in pixels of the square of IMAGE to use; if empty, the largest in the middle
 IMAGE_TO: str = ""  # the photo that "interpolate" goes to from IMAGE; if empty, it goes from a sample to another
 OUTPUT: str = "generated_images_grid2.jpg"  # the picture to write: .jpg, .png or .webp; of "interpolate" also .gif
 MODE: str = "variations"  # "variations" of the photo, "reconstruct" all photos, "sample", "interpolate", "sweep" over W
@@ -49,11 +50,16 @@ def photos_of(place, name):
     return photos
 
 
-def load_photo(model, photo):
-    """Read a photo as the model was trained to see it: (1, C, H, W) in [0, 1], on its device."""
-    size, channels = model.config["image_size"], model.config["channels"]
-    image = vae.read_image(photo, channels, size)
-    return vae.celeb_transforms(size)[0](image)[None].to(model.latent_mean.device)
+def load_photo(model, photo, crop):
+    """Read a photo as the model was trained to see it: (1, C, H, W) in [0, 1], on its device; `crop` is like CROP."""
+    side, channels = model.config["image_size"], model.config["channels"]
+    image = vae.read_image(photo, channels, None if crop else side)
+    if crop:
+        left, top, size = crop
+        if left + size > image.width or top + size > image.height:
+            raise UserError(f"CROP {crop} reaches beyond {photo}, which has {image.width} x {image.height} pixels.", 2)
+        image = image.crop((left, top, left + size, top + size))
+    return vae.celeb_transforms(side)[0](image)[None].to(model.latent_mean.device)
 
 
 def readable_photos(model, place, name):
@@ -61,7 +67,7 @@ def readable_photos(model, place, name):
     photos, found = photos_of(place, name), False
     for photo in photos:
         try:
-            image = load_photo(model, photo)
+            image = load_photo(model, photo, CROP if name == "IMAGE" else [])
         except UserError as error:
             if str(photo) == str(Path(place)):
                 raise
@@ -73,13 +79,30 @@ def readable_photos(model, place, name):
         raise UserError(f"No photo in {place} can be read.")
 
 
-def first_photo(model, place, name):
-    """Return the first image (1, C, H, W) that a constant stands for, and print which photo it is."""
+def encode_first(model, usual, place, name):
+    """Return the first image (1, C, H, W) that a constant stands for, its reconstruction and its code mu, log_var.
+
+    Prints which photo it is, and how well it is reconstructed; `usual` is the PSNR to expect, in dB.
+    """
     photo, image = next(readable_photos(model, place, name))
     flag = name.lower().replace("_", "-")
     choice = "" if str(photo) == str(Path(place)) else f", the first in {place}; --{flag} names another"
     print(f"Photo       {printable(str(photo))}{choice}")
-    return image
+    mu, log_var = model.encode(image)
+    reconstruction = model.decode(mu)
+    tell_psnr(vae.reconstruction_loss(reconstruction, image, "mse").item(), image.numel(), usual)
+    return image, reconstruction, mu, log_var
+
+
+def tell_psnr(squared_error, pixels, usual):
+    """Print the PSNR of reconstructions, and where it is far below the `usual` one, in dB, what to do about it."""
+    reached = vae.psnr(squared_error, pixels)
+    print(f"PSNR        {reached:.2f} dB, reconstruction against photo")
+    if reached < usual - 4:
+        print(
+            f"            That is far below the {usual:.1f} dB of the model's validation photos. Crop so that the face"
+            " is centred, with the eyes at 45 % of the height, as in data/tested_data/sample.jpg: --crop LEFT TOP SIZE."
+        )
 
 
 def noise(model, count):
@@ -131,27 +154,24 @@ def label(model, text):
     return to_tensor(tile)[None].to(model.latent_mean.device)
 
 
-# Modes: each yields sheets, that is images (N, C, H, W) and how many of them stand in a row
-def variations(model):
+# Modes: each yields sheets, that is images (N, C, H, W) and how many of them stand in a row, given the model and the
+# PSNR that its reconstructions usually have
+def variations(model, usual):
     """The photo, its reconstruction and NUM_VARIATIONS variations of it."""
-    photo = first_photo(model, IMAGE, "IMAGE")
-    mu, log_var = model.encode(photo)
+    photo, reconstruction, mu, log_var = encode_first(model, usual, IMAGE, "IMAGE")
     codes = perturb(model, mu, log_var, noise(model, NUM_VARIATIONS), W)
-    reconstruction = model.decode(mu)
-    squared_error = vae.reconstruction_loss(reconstruction, photo, "mse").item()
-    print(f"PSNR        {vae.psnr(squared_error, photo.numel()):.2f} dB, its reconstruction against the photo")
     yield torch.cat([photo, reconstruction, decode(model, codes)]), 6
 
 
-def sweep(model):
+def sweep(model, usual):
     """NUM_VARIATIONS variations of the photo for each W of SWEEP, a row each; down a column the noise is the same."""
-    mu, log_var = model.encode(first_photo(model, IMAGE, "IMAGE"))
+    *_, mu, log_var = encode_first(model, usual, IMAGE, "IMAGE")
     eps = noise(model, NUM_VARIATIONS)
     rows = [[label(model, f"W =\n{w:g}"), decode(model, perturb(model, mu, log_var, eps, w))] for w in SWEEP]
     yield torch.cat(list(itertools.chain(*rows))), 1 + NUM_VARIATIONS
 
 
-def reconstruct(model):
+def reconstruct(model, usual):
     """All photos over their reconstructions, at most 64 a sheet."""
     photos, squared_error, pixels = (image for _, image in readable_photos(model, IMAGE, "IMAGE")), 0.0, 0
     while sheet := list(itertools.islice(photos, 64)):
@@ -161,18 +181,19 @@ def reconstruct(model):
         pixels += originals.numel()
         columns = min(8, len(sheet))
         yield vae.paired(originals, reconstructions, columns), columns
-    print(f"PSNR        {vae.psnr(squared_error, pixels):.2f} dB, the reconstructions against the photos")
+    tell_psnr(squared_error, pixels, usual)
 
 
-def sample(model):
+def sample(model, usual):
     """100 faces of the prior."""
     yield decode(model, model.draw_latents(noise(model, 100))), 10
 
 
-def interpolate(model):
+def interpolate(model, usual):
     """20 pictures on the way from the photo IMAGE to the photo IMAGE_TO, or from a sample to another."""
     if IMAGE_TO:
-        ends = [model.encode(first_photo(model, *end))[0][0] for end in ((IMAGE, "IMAGE"), (IMAGE_TO, "IMAGE_TO"))]
+        places = ((IMAGE, "IMAGE"), (IMAGE_TO, "IMAGE_TO"))
+        ends = [mu[0] for *_, mu, _ in (encode_first(model, usual, *place) for place in places)]
     else:
         print("Between     two samples, and IMAGE is not used; --image-to names a photo to go to from IMAGE")
         ends = model.draw_latents(noise(model, 2))
@@ -195,6 +216,8 @@ def check_settings():
     require(MODE == "interpolate" or not IMAGE_TO, "MODE", MODE, '"interpolate" where IMAGE_TO names a photo')
     require(NOISE in ("population", "posterior"), "NOISE", NOISE, '"population" or "posterior"')
     require(PRIOR in ("fitted", "standard"), "PRIOR", PRIOR, '"fitted" or "standard"')
+    square = not CROP or (len(CROP) == 3 and min(CROP) >= 0 < CROP[2])
+    require(square, "CROP", CROP, "left, top and size of a square in the photo, in pixels")
     require(0 <= W <= 1, "W", W, "a number from 0 to 1")
     require(NUM_VARIATIONS >= 1, "NUM_VARIATIONS", NUM_VARIATIONS, "at least 1")
     require(SEED >= 0, "SEED", SEED, "at least 0")
@@ -215,12 +238,15 @@ def input_files():
 
 
 def describe_model(model, info):
-    """Print which model is at work, as far as its checkpoint tells."""
+    """Print which model is at work, as far as its checkpoint tells; return its validation PSNR in dB, or -infinity."""
     known = isinstance(info.get("epoch"), int) and isinstance(info.get("val_psnr"), float)
     trained = f", epoch {info['epoch']}, {info['val_psnr']:.2f} dB on its validation photos" if known else ""
     print(f"Model       {CHECKPOINT}{trained}")
+    if isinstance(info.get("about"), str):
+        print(f"About       {printable(info['about'])}")
     if not model.prior_is_fitted():
         print("Prior       N(0, I), for this checkpoint carries no fitted one: expect smeared samples and variations")
+    return info["val_psnr"] if known else -math.inf
 
 
 @vae.script
@@ -230,12 +256,12 @@ def main(argv=None):
     vae.override_constants(globals(), argv)
     check_settings()
     model, info = vae.load_checkpoint(CHECKPOINT, vae.pick_device(DEVICE))
-    describe_model(model, info)
+    usual = describe_model(model, info)
     if PRIOR == "standard":
         model.latent_mean.zero_()
         model.latent_scale.copy_(torch.eye(len(model.latent_mean)))
     inputs = input_files()
-    for number, (images, columns) in enumerate(MODES[MODE](model), start=1):
+    for number, (images, columns) in enumerate(MODES[MODE](model, usual), start=1):
         output = Path(OUTPUT) if number == 1 else Path(OUTPUT).with_stem(f"{Path(OUTPUT).stem}-{number}")
         if output.resolve() in inputs:
             raise UserError(f"OUTPUT is {output}, which is one of the photos: name another file with --output.", 2)

@@ -321,8 +321,10 @@ def finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, sp
     with vae.first_process_first():
         if vae.rank() == 0:
             if best:
+                # Checkpoints are shared; where somebody keeps things is nobody's business
+                told = {name: value for name, value in settings.items() if name not in ("DATA", "OUTPUT_DIR")}
                 vae.keep_previous(checkpoint_path(), run["id"])
-                vae.save_checkpoint(checkpoint_path(), model, run=run["id"], constants=settings, **row)
+                vae.save_checkpoint(checkpoint_path(), model, run=run["id"], constants=told, **row)
             save_pictures(model, next(load_batches(photos, [val_set[:8]], device)), out / f"progress/epoch_{epoch:02d}")
             save_history(run["history"], out / "history.csv")
             plot_history(run["history"], out / "loss_curves.png")

@@ -19,6 +19,7 @@ import math
 import os
 import re
 import reprlib
+import shlex
 import shutil
 import signal
 import sys
@@ -643,12 +644,16 @@ def claimed(folder, hint, wait=False):
 
 
 # Checkpoints
-def save_checkpoint(path, model, **info):
+def save_checkpoint(path, model, half=False, **info):
     """Write a model and `info` (tensors and plain Python types) to a file that rebuilds the model by itself.
 
-    Raises UserError where a weight is not finite, or the file cannot be written; a file at `path` then stays.
+    With `half`, all that was learnt by gradients is kept in 16 bits, for half the file and the same pictures; what was
+    measured (BatchNorm's statistics, the prior) is not. Raises UserError where a weight is not finite, or the file
+    cannot be written; a file at `path` then stays.
     """
     state_dict = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if half:
+        state_dict |= {name: state_dict[name].half() for name, _ in model.named_parameters()}
     for name, tensor in state_dict.items():
         if not tensor.isfinite().all():
             raise UserError(f"{name} is no longer finite, so {path} has not been written.")
@@ -672,7 +677,8 @@ def keep_previous(path, run_id):
     kept = next(kept for end in endings if not (kept := path.with_suffix(f".previous{end}.pth")).exists())
     with atomic_write(kept) as file:
         file.write(path.read_bytes())
-    print(f"{path} was there from another run: kept as {kept}")
+    back = shlex.join(["mv", str(kept), str(path)])
+    print(f"{path} was there from another run: kept as {kept} (`{back}` brings it back)")
 
 
 def load_checkpoint(path, device="cpu"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TRAINED, files_of_at_most, generate, refusal
-from faces import draw_faces
+from faces import draw_face, draw_faces
 from PIL import Image
 
 import genpic
@@ -84,6 +84,38 @@ def test_the_photo_is_read_as_the_model_was_trained(workplace, monkeypatch):
     assert asked == [(3, 32)]
 
 
+def test_crop_is_in_pixels_of_the_upright_photo(workplace):
+    photo, turned = draw_face(5, size=(600, 700)), Image.Exif()
+    turned[0x0112] = 6  # the camera was turned: the file holds the photo on its side
+    photo.rotate(90, expand=True).save("me.jpg", quality=100, exif=turned)
+    photo.crop((100, 150, 400, 450)).save("square.png")
+    for name, flags in {"one": ["me.jpg", "--crop", "100", "150", "300"], "two": ["square.png"]}.items():
+        ends = ["--image-to", "faces/face 000.jpg", "--image", *flags]
+        generate("--mode", "interpolate", *ends, "--output", f"{name}.png")
+    assert np.abs(tiles("one.png", 5) - tiles("two.png", 5)).max() <= 3
+
+
+def test_a_photo_unlike_those_of_training_is_told_how_to_be_cropped(workplace, capsys):
+    model, info = vae.load_checkpoint(TRAINED)
+    vae.save_checkpoint("better.pth", model, **info | {"val_psnr": 30.0})
+    vae.save_checkpoint("silent.pth", model)
+    modes = {"variations": 1, "sweep": 1, "reconstruct": 1, "interpolate": 2, "sample": 0}
+    for checkpoint, hints in {TRAINED: 0, "better.pth": 1, "silent.pth": 0}.items():
+        for mode, photos in modes.items():
+            ends = ["--image-to", "faces/face 001.jpg"] if mode == "interpolate" else []
+            generate("--checkpoint", checkpoint, "--mode", mode, "--num-variations", "1", *ends)
+            said = capsys.readouterr().out
+            assert said.count("PSNR  ") == photos, said
+            assert said.count("far below the 30.0 dB") == said.count("--crop LEFT TOP SIZE") == hints * photos, said
+
+
+def test_what_a_checkpoint_says_of_itself_is_shown(workplace, capsys):
+    model, info = vae.load_checkpoint(TRAINED)
+    vae.save_checkpoint("mine.pth", model, **info | {"about": "drawn faces\x1b[2J"})
+    generate("--checkpoint", "mine.pth")
+    assert "About       drawn faces\\x1b[2J\n" in capsys.readouterr().out
+
+
 def test_flags_count_for_one_call(workplace):
     generate("--w", "0.5", "--mode", "sample")
     assert (genpic.W, genpic.MODE, genpic.CHECKPOINT) == (0.01, "variations", "checkpoints_best/vae_model_20.pth")
@@ -121,7 +153,7 @@ def test_reconstruct_shows_every_photo_of_the_folder(workplace, capsys):
     originals, reconstructions = (np.concatenate([s[:, row].reshape(-1, 32, 32, 3) for s in sheets]) for row in (0, 1))
     assert np.array_equal(originals, photos) and "faces/broken.jpg cannot be read" in said
     expected = -10 * np.log10(np.square((reconstructions - originals) / 255).mean())
-    assert float(re.search(r"PSNR +(.*) dB, the", said)[1]) == pytest.approx(expected, abs=0.02)
+    assert float(re.search(r"PSNR +(.*) dB, rec", said)[1]) == pytest.approx(expected, abs=0.02)
 
 
 def test_sample_shows_100_faces_of_the_prior(workplace):
@@ -269,6 +301,11 @@ def test_grey_models_give_grey_pictures(workplace, mode):
         ("--w nan", 2, "from 0 to 1"),
         ("--num-variations 0", 2, "at least 1"),
         ("--seed -1", 2, "at least 0"),
+        ("--crop 1 2", 2, "CROP is [1, 2]: it must be left, top and size of a square"),
+        ("--crop -1 0 9", 2, "CROP is [-1, 0, 9]"),
+        ("--crop 1 2 0", 2, "CROP is [1, 2, 0]"),
+        ("--image me.jpg --crop 9 0 40", 2, "CROP [9, 0, 40] reaches beyond me.jpg, which has 48 x 56 pixels"),
+        ("--image me.jpg --crop 0 17 40", 2, "reaches beyond me.jpg"),
         ("--device tpu", 2, "DEVICE"),
         ("--image-to me.jpg", 2, "MODE is 'variations': it must be \"interpolate\" where IMAGE_TO names a photo"),
         ("--prior uniform", 2, '"fitted" or "standard"'),

@@ -298,6 +298,7 @@ def test_checkpoint_holds_the_best_weights_and_describes_itself(trained):
     assert info["epoch"] == int(best["epoch"]) and info["val_loss"] == float(best["val_loss"])
     assert model.config == {"image_size": 32, "channels": 3, "hidden_dims": [8, 16], "latent_dim": 8}
     assert info["constants"]["EPOCHS"] == 8 and info["constants"]["BETA"] == 0.132 and model.prior_is_fitted()
+    assert not {"DATA", "OUTPUT_DIR"} & info["constants"].keys()  # it may go to others
 
 
 def test_the_best_epoch_is_that_of_the_lowest_validation_loss(workplace, monkeypatch):
@@ -347,7 +348,8 @@ def test_checkpoints_of_other_runs_are_kept(workplace, capsys):
     (out / "vae_model_1.pth").write_bytes(first)
     for kept in ("vae_model_1.previous.pth", "vae_model_1.previous-2.pth"):
         run("--epochs", "1", "--seed", str(len(kept)))
-        assert kept in capsys.readouterr().out
+        back = f"`mv checkpoints_best/{kept} checkpoints_best/vae_model_1.pth` brings it back"
+        assert f"kept as checkpoints_best/{kept} ({back})" in capsys.readouterr().out
     assert (out / "vae_model_1.previous.pth").read_bytes() == first
     assert (out / "vae_model_8.pth").read_bytes() == first
     assert not same_weights(out / "vae_model_1.pth", out / "vae_model_1.previous-2.pth")

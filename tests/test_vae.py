@@ -333,6 +333,26 @@ def test_checkpoint_round_trip(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
 
 
+def test_a_checkpoint_in_half_precision(tmp_path):
+    model, images = small_model(), torch.rand(3, 1, 24, 24)
+    save_checkpoint(tmp_path / "whole.pth", model, epoch=3)
+    save_checkpoint(tmp_path / "half.pth", model, half=True, epoch=3)
+    loaded, info = load_checkpoint(tmp_path / "half.pth")
+    learnt = dict(model.named_parameters())
+    for name, tensor in model.state_dict().items():
+        expected = tensor.half() if name in learnt else tensor
+        assert torch.equal(loaded.state_dict()[name], expected.to(tensor.dtype)), name
+        assert loaded.state_dict()[name].dtype == tensor.dtype
+    assert info["epoch"] == 3 and all(weight.dtype == torch.float32 for weight in learnt.values())
+    saved = 2 * sum(weight.numel() for weight in learnt.values())
+    assert (tmp_path / "whole.pth").stat().st_size - (tmp_path / "half.pth").stat().st_size > 0.8 * saved
+    assert (loaded.decode(loaded.encode(images)[0]) - model.decode(model.encode(images)[0])).abs().max() < 0.005
+    with torch.no_grad():
+        model.fc_mu.bias[0] = 1e6  # more than 16 bits hold
+    with pytest.raises(vae.UserError, match=r"fc_mu\.bias is no longer finite"):
+        save_checkpoint(tmp_path / "half.pth", model, half=True)
+
+
 def test_a_model_saved_whole_loads(tmp_path):
     model = VAE(30, 1, [4, 8], 5)
     torch.save(model, tmp_path / "whole.pth")
