@@ -41,7 +41,7 @@ FLIP: bool = True  # mirror half of the photos, drawn anew each time; turn off w
 EPOCHS: int = 20  # passes over the photos; also the number in the checkpoint's name
 BATCH_SIZE: int = 32  # photos per step, of all GPUs together; raise it on large ones, lower it where memory runs out
 LEARNING_RATE: float = 1e-3  # Adam's peak step size, reached after 5 % of the run; lower it if the loss jumps about
-RECONSTRUCTION: str = "mse"  # "mse" squared error, "bce" cross-entropy, "sigma" Gaussian that finds its own weight
+RECONSTRUCTION: str = "mse"  # "mse" squared error, "ssim" and structure, "bce" cross-entropy, "sigma" weighs itself
 BETA: float = 0.132  # weight of the KL divergence in nats, unused by "sigma"; higher: plainer samples, blurrier photos
 KL_WARMUP_EPOCHS: float = 0.0  # epochs over which the KL weight grows from 0; a few help where latents stay unused
 SEED: int = 0  # start of all random numbers; another one gives another split, order and model
@@ -270,7 +270,7 @@ def evaluate(model, photos, val_set, device):
         with autocast(device):
             recon = model.decode(mu)
         error = vae.reconstruction_loss(recon, images, "mse")
-        own = vae.reconstruction_loss(recon, images, "bce") if RECONSTRUCTION == "bce" else error
+        own = error if RECONSTRUCTION == "sigma" else vae.reconstruction_loss(recon, images, RECONSTRUCTION)
         losses.append(torch.stack([error, own], dim=1))
         codes.append(torch.stack([mu, log_var], dim=1))
     squared_error, reconstruction = vae.gathered(torch.cat(losses), len(val_set)).double().T
@@ -394,7 +394,8 @@ def save_pictures(model, images, stem):
 
 def plot_history(history, path):
     """Draw loss, reconstruction and KL per epoch, of training (z drawn) and of validation (z = mu)."""
-    measure = {"mse": "squared error", "bce": "cross-entropy in nats", "sigma": "Gaussian NLL in nats"}[RECONSTRUCTION]
+    measures = {"mse": "squared error", "ssim": "squared error and structure", "bce": "cross-entropy in nats"}
+    measure = measures.get(RECONSTRUCTION, "Gaussian NLL in nats")
     panels = {"loss": "loss per photo", "reconstruction": f"{measure}, per photo", "kl": "KL in nats, per photo"}
     with vae.figure(path, 11, 3.2) as drawing:
         for axes, (name, label) in zip(drawing.subplots(1, 3), panels.items(), strict=True):
@@ -413,7 +414,8 @@ def check_settings():
     wanted = f"at least {2 * count} and a multiple of {count}, the number of processes" if count > 1 else "at least 2"
     require(BATCH_SIZE // count >= 2 and BATCH_SIZE % count == 0, "BATCH_SIZE", BATCH_SIZE, wanted)
     require(0 < LEARNING_RATE < math.inf, "LEARNING_RATE", LEARNING_RATE, "a positive number")
-    require(RECONSTRUCTION in ("mse", "bce", "sigma"), "RECONSTRUCTION", RECONSTRUCTION, '"mse", "bce" or "sigma"')
+    known = RECONSTRUCTION in ("mse", "ssim", "bce", "sigma")
+    require(known, "RECONSTRUCTION", RECONSTRUCTION, '"mse", "ssim", "bce" or "sigma"')
     require(0 <= BETA < math.inf, "BETA", BETA, "a number that is not negative")
     require(0 <= KL_WARMUP_EPOCHS <= EPOCHS, "KL_WARMUP_EPOCHS", KL_WARMUP_EPOCHS, f"from 0 to EPOCHS ({EPOCHS})")
     require(0 <= VAL_FRACTION < 1, "VAL_FRACTION", VAL_FRACTION, "at least 0 and less than 1")

@@ -340,7 +340,7 @@ def test_folders_that_cannot_be_written_to(unprivileged, capsys):
 
 
 # Diverging
-@pytest.mark.parametrize("kind", ["mse", "bce", "sigma"])
+@pytest.mark.parametrize("kind", ["mse", "ssim", "bce", "sigma"])
 def test_a_loss_that_explodes_ends_the_run_within_the_epoch(kind, workplace, monkeypatch, capsys):
     draw_faces(workplace / "faces", 300)
     step, steps = train.train_step, []

@@ -152,7 +152,9 @@ def test_kl_weight():
 
 
 # Steps
-@pytest.mark.parametrize(("kind", "flip", "count"), [("mse", True, 6), ("bce", False, 6), ("sigma", True, 11)])
+@pytest.mark.parametrize(
+    ("kind", "flip", "count"), [("mse", True, 6), ("ssim", True, 6), ("bce", False, 6), ("sigma", True, 11)]
+)
 def test_a_step_is_that_of_the_formulas(kind, flip, count, monkeypatch):
     train.RECONSTRUCTION, train.FLIP, train.EPOCHS, train.KL_WARMUP_EPOCHS, train.AMP = kind, flip, 10, 5.0, False
     model, images, step, progress = vae.VAE(16, 1, [4], 3), torch.rand(6, 1, 16, 16), 77, 0.25
@@ -217,7 +219,7 @@ def test_seeds_give_different_models():
 
 
 # Figures
-@pytest.mark.parametrize("kind", ["mse", "bce", "sigma"])
+@pytest.mark.parametrize("kind", ["mse", "ssim", "bce", "sigma"])
 def test_validation_does_not_depend_on_batches(kind):
     train.RECONSTRUCTION, train.AMP = kind, False
     model, photos = vae.VAE(16, 1, [4], 3).eval(), torch.randint(0, 256, (11, 16, 16, 1), dtype=torch.uint8)

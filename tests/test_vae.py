@@ -1,5 +1,6 @@
 """The model, its losses, its prior, its pictures and its files."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -187,6 +188,23 @@ def test_reconstruction_losses_are_sums_per_image():
     torch.testing.assert_close(vae.reconstruction_loss(recon, x, "sigma"), -likelihood)
 
 
+def test_structural_similarity_is_that_of_the_paper():
+    one, other = torch.rand(3, 2, 18, 16), torch.rand(3, 2, 18, 16)
+    other[0] = 0.3 * one[0] + 0.2  # the same pattern, but faint
+    found = []
+    for a, b in zip(one.flatten(0, 1).double(), other.flatten(0, 1).double(), strict=True):
+        for top, left in itertools.product((0, 4, 8), (0, 4, 8)):
+            x, y = (image[top : top + 8, left : left + 8].flatten() for image in (a, b))
+            (xx, xy), (_, yy) = torch.cov(torch.stack([x, y]), correction=0).tolist()
+            luminance = (2 * x.mean() * y.mean() + 1e-4) / (x.mean() ** 2 + y.mean() ** 2 + 1e-4)
+            found.append(luminance * (2 * xy + 9e-4) / (xx + yy + 9e-4))
+    expected = torch.stack(found).reshape(3, -1).mean(1).float()
+    torch.testing.assert_close(vae.structural_similarity(one, other), expected)
+    torch.testing.assert_close(vae.structural_similarity(one, one), torch.ones(3))
+    loss = vae.reconstruction_loss(other, one, "mse") + 0.01 * one[0].numel() * (1 - expected)
+    torch.testing.assert_close(vae.reconstruction_loss(other, one, "ssim"), loss)
+
+
 def test_sigma_is_the_best_weight_there_is():
     recon, x = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8)
     best = vae.reconstruction_loss(recon, x, "sigma").mean()
@@ -197,7 +215,7 @@ def test_sigma_is_the_best_weight_there_is():
 
 def test_losses_are_computed_in_float32_inside_and_outside_autocast():
     recon, x = torch.rand(2, 3, 8, 8).bfloat16(), torch.rand(2, 3, 8, 8)
-    for kind in ("mse", "bce", "sigma"):
+    for kind in ("mse", "ssim", "bce", "sigma"):
         assert vae.reconstruction_loss(recon, x, kind).dtype == torch.float32
 
 
