@@ -89,7 +89,7 @@ def test_two_processes_have_the_same_weights_after_every_epoch(runs):
 def test_validation_and_prior_are_those_of_the_saved_file(runs, folder, monkeypatch):
     monkeypatch.chdir(folder)
     model, info = vae.load_checkpoint("by 2/vae_model_3.pth")
-    vars(train).update(info["constants"])
+    vars(train).update(info["constants"] | {"DATA": "faces"})
     photos = train.load_photos(*train.find_photos(), torch.device("cpu"))
     train_set, val_set = train.split_photos(len(photos))
     figures, _, _ = train.evaluate(model, photos, val_set, torch.device("cpu"))
