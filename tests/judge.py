@@ -59,8 +59,8 @@ def describe(pictures, name):
 
 
 def pictures_of(images):
-    """Images (N, C, H, W) in [0, 1] -> pictures (N, H, W, C) of uint8."""
-    return (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    """Images (N, 3, H, W) in [0, 1] -> pictures (N, H, W, 3) of uint8."""
+    return np.stack([np.asarray(vae.as_picture(image)) for image in images])
 
 
 def share_found(descriptors):
@@ -94,8 +94,9 @@ def likeness(photos, reconstructions):
 
 def judge_variations(model, mu, originals):
     """Print for each W how far ten variations of a photo are from each other, and from its reconstruction."""
+    eps = genpic.noise(model, 10)
     for w in genpic.SWEEP[1:]:
-        codes = [genpic.perturb(model, code, None, genpic.noise(model, 10), w) for code in mu.split(1)]
+        codes = [genpic.perturb(model, code, None, eps, w) for code in mu.split(1)]
         pictures = pictures_of(genpic.decode(model, torch.cat(codes)))
         found = describe(pictures, f"W = {w:g}").reshape(len(mu), 10, 128)
         values = pictures.reshape(len(mu), 10, -1).astype(float)
@@ -111,6 +112,7 @@ def judge_variations(model, mu, originals):
 def main(argv=None):
     """Reconstruct the photos, draw as many samples, vary some of the photos, and print what comes of it."""
     vae.override_constants(globals(), argv)
+    vae.require(PHOTOS, "PHOTOS", PHOTOS, "a folder of photos")  # "" would be the folder one stands in
     model, _ = vae.load_checkpoint(CHECKPOINT)
     images = torch.cat([image for _, image in genpic.readable_photos(model, PHOTOS, "PHOTOS")])
     mu = torch.cat([model.encode(part)[0] for part in images.split(64)])
@@ -138,7 +140,7 @@ def main(argv=None):
     print(f"            {distance(photos, others):.3f} between photos of two people", end=", ")
     print(f"{distance(reconstructions, others_too):.3f} between reconstructions of two")
     chosen = torch.linspace(0, len(images) - 1, min(VARIED, len(images))).long()
-    judge_variations(model, mu[chosen], reconstructions[chosen])
+    judge_variations(model, mu[chosen], reconstructions[chosen.numpy()])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README tells the truth about the constants, and the tests that it names are there."""
+"""The README tells the truth about the constants, the tests that it names are there, and its commands run."""
 
 import re
 import shlex
