@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import distributed, nn
-from torch.optim import swa_utils
 from tqdm import tqdm
 
 import vae
@@ -45,10 +44,6 @@ LEARNING_RATE: float = 1e-3  # Adam's peak step size, reached after 5 % of the r
 RECONSTRUCTION: str = "mse"  # "mse" squared error, "ssim" and structure, "bce" cross-entropy, "sigma" weighs itself
 BETA: float = 0.132  # weight of the KL divergence in nats, unused by "sigma"; higher: plainer samples, blurrier photos
 KL_WARMUP_EPOCHS: float = 0.0  # epochs over which the KL weight grows from 0; a few help where latents stay unused
-SCHEDULE: str = "cycle"  # "cycle" lets the step size rise and fall, "constant" keeps it
-BOTTLENECK_RATE: float = 1.0  # share of LEARNING_RATE for fc_mu and fc_var
-AVERAGE: float = 0.0  # decay of the running mean of the weights that the checkpoint gets; at 0 the weights themselves
-FEATURES: float = 0.0  # weight of the squared error of the encoder's first two stages
 SEED: int = 0  # start of all random numbers; another one gives another split, order and model
 
 # What it runs on
@@ -139,8 +134,6 @@ def mirror_half(images):
 # Schedules: pure functions of the progress, the share in [0, 1] of the run's steps that is done
 def learning_rate(progress):
     """One cycle: a linear rise to LEARNING_RATE over the first 5 % of the run, then a cosine down to 0."""
-    if SCHEDULE == "constant":
-        return LEARNING_RATE
     fall = (progress - 0.05) / 0.95
     return LEARNING_RATE * (progress / 0.05 if fall < 0 else 0.5 * (1 + math.cos(math.pi * fall)))
 
@@ -163,16 +156,7 @@ def new_model(device):
     model = vae.VAE(IMAGE_SIZE, CHANNELS, HIDDEN_DIMS, LATENT_DIM).to(device, memory_format=torch.channels_last)
     if vae.processes() > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    bottleneck = [*model.fc_mu.parameters(), *model.fc_var.parameters()]
-    others = [parameter for parameter in model.parameters() if not any(parameter is own for own in bottleneck)]
-    groups = [{"params": others, "share": 1.0}, {"params": bottleneck, "share": BOTTLENECK_RATE}]
-    optimizer = torch.optim.Adam(groups, fused=True)
-    optimizer.averaged = None
-    if AVERAGE:
-        ema = swa_utils.get_ema_multi_avg_fn(AVERAGE)
-        optimizer.averaged = swa_utils.AveragedModel(model, multi_avg_fn=ema, use_buffers=True)
-        optimizer.register_step_post_hook(lambda *_: optimizer.averaged.update_parameters(model))
-    return model, optimizer
+    return model, torch.optim.Adam(model.parameters(), fused=True)
 
 
 def compiled(model, device, batch_size):
@@ -216,23 +200,13 @@ def train_step(network, optimizer, images, count, step, progress):
         recon, mu, log_var = network(images)
     reconstruction, kl = vae.reconstruction_loss(recon, images, RECONSTRUCTION), vae.kl_divergence(mu, log_var)
     losses = reconstruction + kl_weight(progress) * kl
-    if FEATURES:
-        losses = losses + FEATURES * feature_error(network.encoder[:2], recon, images)
 
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(progress) * group["share"]
+        group["lr"] = learning_rate(progress)
     optimizer.zero_grad()
     (losses.sum() * (vae.processes() / count)).backward()  # the mean over processes of this is the mean over the batch
     optimizer.step()
     return torch.stack([losses, reconstruction, kl, torch.ones_like(kl)]).detach().sum(1)
-
-
-def feature_error(stages, recon, images):
-    """Squared error (B,), summed, of what encoder stages make of images (B, C, H, W) and of their reconstructions."""
-    frozen = {name: tensor.detach().clone() for name, tensor in stages.state_dict().items()}
-    with torch.no_grad():
-        target = torch.func.functional_call(stages, frozen, (images,))
-    return (torch.func.functional_call(stages, frozen, (recon,)) - target).square().sum((1, 2, 3))
 
 
 def train_epoch(network, optimizer, photos, train_set, run, stopping):
@@ -329,7 +303,6 @@ def fit_prior(model, photos, train_set, device):
 # What a run leaves behind
 def finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, speed):
     """Validate, fit the prior and write the files of an epoch, last.pth last: all it tells of is then there."""
-    trained, model = model, optimizer.averaged.module if AVERAGE else model
     device, epoch, out = model.latent_mean.device, run["epoch"] + 1, Path(OUTPUT_DIR)
     *sums, seen = run["sums"]
     if vae.processes() > 1:  # on CPUs each has seen other photos, and the checkpoint will hold the buffers of process 0
@@ -357,7 +330,7 @@ def finish_epoch(model, optimizer, photos, train_set, val_set, run, settings, sp
             plot_history(run["history"], out / "loss_curves.png")
             if epoch == EPOCHS:
                 vae.plot_latents(photos[val_set[:150]].cpu(), mu, log_var, active, out / "latent_space.png")
-            save_last(trained, optimizer, run, settings)
+            save_last(model, optimizer, run, settings)
     print(epoch_line(row, best), latents_line(row), sep="\n", flush=True)
 
 
@@ -495,7 +468,7 @@ def resume_run(model, optimizer, settings, photos):
 
 def load_moments(optimizer, moments):
     """Give Adam its step counts and moments back, whatever their shape in the file in the layout of the parameters."""
-    parameters, state = [p for group in optimizer.param_groups for p in group["params"]], {}
+    parameters, state = optimizer.param_groups[0]["params"], {}
     for k, saved in moments.items():
         state[k] = {name: torch.empty_like(parameters[k]).copy_(saved[name]) for name in ("exp_avg", "exp_avg_sq")}
         state[k]["step"] = torch.tensor(float(saved["step"]))
