@@ -12,6 +12,7 @@ Gaussians of two sets of descriptors (Heusel et al. 2017, arXiv:1706.08500, with
 """
 
 import sys
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from itertools import combinations
@@ -35,7 +36,9 @@ VARIED: int = 20  # of these photos, so many get ten variations for each W
 def recogniser():
     """Return dlib's face detector, its landmarks and its descriptors, once in a process."""
     import dlib
-    import face_recognition_models
+
+    with warnings.catch_warnings(action="ignore"):  # of the way in which it finds its own files
+        import face_recognition_models
 
     landmarks = dlib.shape_predictor(face_recognition_models.pose_predictor_model_location())
     descriptors = dlib.face_recognition_model_v1(face_recognition_models.face_recognition_model_location())
