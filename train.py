@@ -39,9 +39,9 @@ FLIP: bool = True  # mirror half of the photos, drawn anew each time; turn off w
 
 # How the model learns
 EPOCHS: int = 20  # passes over the photos; also the number in the checkpoint's name
-BATCH_SIZE: int = 32  # photos per step, of all GPUs together; raise it on large ones, lower it where memory runs out
+BATCH_SIZE: int = 16  # photos per step, of all GPUs together; raise it on large ones, lower it where memory runs out
 LEARNING_RATE: float = 1e-3  # Adam's peak step size, reached after 5 % of the run; lower it if the loss jumps about
-RECONSTRUCTION: str = "mse"  # "mse" squared error, "ssim" and structure, "bce" cross-entropy, "sigma" weighs itself
+RECONSTRUCTION: str = "ssim"  # "mse" squared error, "ssim" and structure, "bce" cross-entropy, "sigma" weighs itself
 BETA: float = 0.132  # weight of the KL divergence in nats, unused by "sigma"; higher: plainer samples, blurrier photos
 KL_WARMUP_EPOCHS: float = 0.0  # epochs over which the KL weight grows from 0; a few help where latents stay unused
 SEED: int = 0  # start of all random numbers; another one gives another split, order and model
@@ -394,7 +394,7 @@ def save_pictures(model, images, stem):
 
 def plot_history(history, path):
     """Draw loss, reconstruction and KL per epoch, of training (z drawn) and of validation (z = mu)."""
-    measures = {"mse": "squared error", "ssim": "squared error and structure", "bce": "cross-entropy in nats"}
+    measures = {"mse": "squared error", "ssim": "squared error + structure", "bce": "cross-entropy in nats"}
     measure = measures.get(RECONSTRUCTION, "Gaussian NLL in nats")
     panels = {"loss": "loss per photo", "reconstruction": f"{measure}, per photo", "kl": "KL in nats, per photo"}
     with vae.figure(path, 11, 3.2) as drawing:

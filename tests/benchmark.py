@@ -37,7 +37,7 @@ import vae
 
 PHOTOS: str = ""  # folder of photos; without one, faces are drawn
 COUNT: int = 512  # photos in an epoch of ours; raise it to 20480 on a GPU, where these are over in no time
-BATCH_SIZE: int = 32  # photos in a step of ours; raise it to 256 on a GPU
+BATCH_SIZE: int = 16  # photos in a step of ours; raise it to 256 on a GPU
 COMPILE: str = "auto"  # as in train.py
 DEVICE: str = "auto"  # as in train.py
 ROUNDS: int = 7  # repetitions after the first
