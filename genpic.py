@@ -98,7 +98,7 @@ def tell_psnr(squared_error, pixels, usual):
     """Print the PSNR of reconstructions, and where it is far below the `usual` one, in dB, what to do about it."""
     reached = vae.psnr(squared_error, pixels)
     print(f"PSNR        {reached:.2f} dB, reconstruction against photo")
-    if reached < usual - 4:
+    if reached < usual - 3:
         print(
             f"            That is far below the {usual:.1f} dB of the model's validation photos. Crop so that the face"
             " is centred, with the eyes at 45 % of the height, as in data/tested_data/sample.jpg: --crop LEFT TOP SIZE."

@@ -350,7 +350,8 @@ def latents_line(row):
         advice = "" if RECONSTRUCTION == "sigma" else "lower BETA or "
         return f"{state}: the posterior has collapsed, so all photos look alike; {advice}raise KL_WARMUP_EPOCHS"
     if row["epoch"] >= KL_WARMUP_EPOCHS and row["marginal_kl"] > 0.25 * LATENT_DIM:
-        return f"{state}; so weak a KL leaves them {row['marginal_kl']:.0f} nats off N(0, I), whose samples look wrong"
+        off = f"so weak a KL leaves them {row['marginal_kl']:.0f} nats off N(0, I)"
+        return f"{state}; {off}: sample from the fitted prior, as genpic.py does"
     return state
 
 

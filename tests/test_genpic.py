@@ -109,6 +109,12 @@ def test_a_photo_unlike_those_of_training_is_told_how_to_be_cropped(workplace, c
             assert said.count("far below the 30.0 dB") == said.count("--crop LEFT TOP SIZE") == hints * photos, said
 
 
+def test_far_below_is_over_3_db(capsys):
+    for usual, told in ((22.9, False), (23.1, True)):
+        genpic.tell_psnr(1.0, 100, usual)  # 20 dB
+        assert ("far below" in capsys.readouterr().out) is told
+
+
 def test_what_a_checkpoint_says_of_itself_is_shown(workplace, capsys):
     model, info = vae.load_checkpoint(TRAINED)
     vae.save_checkpoint("mine.pth", model, **info | {"about": "drawn faces\x1b[2J"})

@@ -274,7 +274,7 @@ def test_latents_line_tells_what_state_they_are_in():
     row = {"epoch": 3, "train_kl": 41.0, "val_kl": 40.26, "active_units": 100, "marginal_kl": 31.0}
     assert train.latents_line(row) == "  Latents    40.3 nats KL, 100 of 128 active"
     weak = train.latents_line(row | {"marginal_kl": 33})
-    assert "; so weak a KL leaves them 33 nats off N(0, I), whose samples look wrong" in weak
+    assert "; so weak a KL leaves them 33 nats off N(0, I): sample from the fitted prior" in weak
     collapsed = row | {"train_kl": 0.9, "val_kl": 0.01, "active_units": 0}
     said = train.latents_line(collapsed)
     assert "0.0 nats KL, 0 of 128 active: the posterior has collapsed" in said and "lower BETA" in said
