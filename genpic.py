@@ -27,7 +27,7 @@ IMAGE_TO: str = ""  # the photo that "interpolate" goes to from IMAGE; if empty,
 OUTPUT: str = "generated_images_grid2.jpg"  # the picture to write: .jpg, .png or .webp; of "interpolate" also .gif
 MODE: str = "variations"  # "variations" of the photo, "reconstruct" all photos, "sample", "interpolate", "sweep" over W
 NUM_VARIATIONS: int = 10  # how many variations of the photo
-W: float = 0.01  # the w of the write-up, share of the code's variance drawn anew: 0 the same face, 1 any other
+W: float = 0.01  # share of the variance of a photo's code that is drawn anew: 0 the same face, 1 any other
 NOISE: str = "population"  # draw as faces differ, or "posterior": as the encoder doubts, which is hardly visible
 PRIOR: str = "fitted"  # the population: "fitted" to the codes of the training photos, or "standard", N(0, I)
 SEED: int = 0  # start of the random numbers; another one gives other variations and samples
@@ -39,15 +39,19 @@ SWEEP = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # the W of the rows of "sweep"
 # Photos and codes
 def photos_of(place, name):
     """Return the Photos that a constant of this name and value stands for: one, or all in a folder, .zip or .npy."""
-    containers = [path for path in Path(place).parents if vae.is_container(path) and path.is_file()]
-    exists = containers or Path(place).exists()
-    require(exists, name, place, "a photo, or a folder, .zip or .npy with photos, that exists")
-    photos = vae.find_photos(containers[0] if containers else place)
-    if containers:  # a photo in one of them
+    parent = next((path for path in Path(place).parents if vae.is_container(path) and path.is_file()), None)
+    require(parent or Path(place).exists(), name, place, "a photo, or a folder, .zip or .npy with photos, that exists")
+    photos = vae.find_photos(parent or place)
+    if parent:  # a photo in a .zip or .npy
         photos = [photo for photo in photos if str(photo) == str(Path(place))]
     if not photos:
-        raise UserError(f"There is no photo in {place}: put one there, or name one with --image.", 2)
+        raise UserError(f"There is no photo in {place}: put one there, or name one with {flag(name)}.", 2)
     return photos
+
+
+def flag(name):
+    """Return the flag of a constant of this name."""
+    return f"--{name.lower().replace('_', '-')}"
 
 
 def load_photo(model, photo, crop):
@@ -69,7 +73,7 @@ def readable_photos(model, place, name):
         try:
             image = load_photo(model, photo, CROP if name == "IMAGE" else [])
         except UserError as error:
-            if str(photo) == str(Path(place)):
+            if str(photo) == str(Path(place)) or (error.code == 2 and MODE != "reconstruct"):  # CROP is for this one
                 raise
             print(f"Skipped     {error}")
         else:
@@ -85,8 +89,7 @@ def encode_first(model, usual, place, name):
     Prints which photo it is, and how well it is reconstructed; `usual` is the PSNR to expect, in dB.
     """
     photo, image = next(readable_photos(model, place, name))
-    flag = name.lower().replace("_", "-")
-    choice = "" if str(photo) == str(Path(place)) else f", the first in {place}; --{flag} names another"
+    choice = "" if str(photo) == str(Path(place)) else f", the first in {place}; {flag(name)} names another"
     print(f"Photo       {printable(str(photo))}{choice}")
     mu, log_var = model.encode(image)
     reconstruction = model.decode(mu)
@@ -100,8 +103,9 @@ def tell_psnr(squared_error, pixels, usual):
     print(f"PSNR        {reached:.2f} dB, reconstruction against photo")
     if reached < usual - 3:
         print(
-            f"            That is far below the {usual:.1f} dB of the model's validation photos. Crop so that the face"
-            " is centred, with the eyes at 45 % of the height, as in data/tested_data/sample.jpg: --crop LEFT TOP SIZE."
+            f"            That is far below the {usual:.1f} dB of the model's validation photos. Crop IMAGE as they are"
+            " (of the model that comes along: face in the middle, eyes at 44 % of the height, as in"
+            " data/tested_data/sample.jpg): --crop LEFT TOP SIZE."
         )
 
 
@@ -123,14 +127,14 @@ def perturb(model, mu, log_var, eps, w):
     return kept + math.sqrt(w) * (eps @ model.latent_scale.T)
 
 
-def between(model, start, end, steps=20):
-    """Return codes (steps, L) on the way from a code (L,) to another, both included, about as likely as these.
+def between(model, start, end):
+    """Return 20 codes (20, L) on the way from a code (L,) to another, both included, about as likely as these.
 
     Spherical interpolation (Shoemake 1985; for latent codes White 2016, arXiv:1609.04468) about the prior's mean, in
     the coordinates in which the prior is N(0, I). A straight line would pass near the mean, where the pictures are
     those of nobody: averages, pale and smooth.
     """
-    t = torch.linspace(0, 1, steps, device=start.device)[:, None]
+    t = torch.linspace(0, 1, 20, device=start.device)[:, None]
     offsets = torch.stack([start, end], dim=1) - model.latent_mean[:, None]
     whitened = torch.linalg.solve_triangular(model.latent_scale, offsets, upper=False)
     angle = torch.acos(torch.cosine_similarity(*whitened.T, dim=0).clamp(-1, 1))
@@ -200,23 +204,17 @@ def interpolate(model, usual):
     yield decode(model, between(model, *ends)), 5
 
 
-MODES = {
-    "variations": variations,
-    "reconstruct": reconstruct,
-    "sample": sample,
-    "interpolate": interpolate,
-    "sweep": sweep,
-}
+MODES = {mode.__name__: mode for mode in (variations, reconstruct, sample, interpolate, sweep)}
 
 
 # The run
 def check_settings():
-    """Raise UserError for a constant that cannot be."""
+    """Raise UserError for a constant whose value is impossible."""
     require(MODE in MODES, "MODE", MODE, f"one of {', '.join(MODES)}")
     require(MODE == "interpolate" or not IMAGE_TO, "MODE", MODE, '"interpolate" where IMAGE_TO names a photo')
     require(NOISE in ("population", "posterior"), "NOISE", NOISE, '"population" or "posterior"')
     require(PRIOR in ("fitted", "standard"), "PRIOR", PRIOR, '"fitted" or "standard"')
-    square = not CROP or (len(CROP) == 3 and min(CROP) >= 0 < CROP[2])
+    square = not CROP or ({*map(type, CROP)} == {int} and len(CROP) == 3 and min(CROP) >= 0 < CROP[2])
     require(square, "CROP", CROP, "left, top and size of a square in the photo, in pixels")
     require(0 <= W <= 1, "W", W, "a number from 0 to 1")
     require(NUM_VARIATIONS >= 1, "NUM_VARIATIONS", NUM_VARIATIONS, "at least 1")

@@ -41,7 +41,7 @@ FLIP: bool = True  # mirror half of the photos, drawn anew each time; turn off w
 EPOCHS: int = 20  # passes over the photos; also the number in the checkpoint's name
 BATCH_SIZE: int = 16  # photos per step, of all GPUs together; raise it on large ones, lower it where memory runs out
 LEARNING_RATE: float = 1e-3  # Adam's peak step size, reached after 5 % of the run; lower it if the loss jumps about
-RECONSTRUCTION: str = "ssim"  # "mse" squared error, "ssim" and structure, "bce" cross-entropy, "sigma" weighs itself
+RECONSTRUCTION: str = "ssim"  # "mse" squared error, "ssim" also structure, "bce" cross-entropy, "sigma" finds its BETA
 BETA: float = 0.132  # weight of the KL divergence in nats, unused by "sigma"; higher: plainer samples, blurrier photos
 KL_WARMUP_EPOCHS: float = 0.0  # epochs over which the KL weight grows from 0; a few help where latents stay unused
 SEED: int = 0  # start of all random numbers; another one gives another split, order and model
@@ -217,11 +217,11 @@ def train_epoch(network, optimizer, photos, train_set, run, stopping):
     fewest = 2 * vae.processes()  # that BatchNorm can work with
     batches = [batch for batch in shuffled.split(BATCH_SIZE) if len(batch) >= fewest]
     device = next(network.parameters()).device
-    sums = torch.tensor(run["sums"], device=device) * (vae.rank() == 0)  # those of all processes, from before a stop
+    sums = torch.tensor(run["sums"], device=device) * (vae.rank() == 0)  # it carries on those from before a stop
 
     first, start, losses = run["step"], time.perf_counter(), []
     images_of_steps = load_batches(photos, map(vae.share, batches[first:]), device)
-    quiet = vae.rank() > 0 or None  # None: where there is no terminal
+    quiet = vae.rank() > 0 or None  # None: tqdm looks whether there is a terminal
     with tqdm(batches[first:], f"Epoch {run['epoch'] + 1}/{EPOCHS}", unit="step", leave=False, disable=quiet) as bar:
         for batch, images in zip(bar, images_of_steps, strict=True):
             if stopping():
@@ -269,9 +269,8 @@ def evaluate(model, photos, val_set, device):
     for images, mu, log_var in encode_photos(model, photos, val_set, device):
         with autocast(device):
             recon = model.decode(mu)
-        error = vae.reconstruction_loss(recon, images, "mse")
-        own = error if RECONSTRUCTION == "sigma" else vae.reconstruction_loss(recon, images, RECONSTRUCTION)
-        losses.append(torch.stack([error, own], dim=1))
+        kinds = ("mse", RECONSTRUCTION)
+        losses.append(torch.stack([vae.reconstruction_loss(recon, images, kind) for kind in kinds], dim=1))
         codes.append(torch.stack([mu, log_var], dim=1))
     squared_error, reconstruction = vae.gathered(torch.cat(losses), len(val_set)).double().T
     mu, log_var = vae.gathered(torch.cat(codes), len(val_set)).unbind(1)
@@ -389,7 +388,7 @@ def save_pictures(model, images, stem):
     with autocast(images.device):
         reconstructions = model.decode(model.encode(images)[0])
         samples = model.decode(model.draw_latents(noise))
-    vae.save_grid(vae.paired(images, reconstructions, len(images)), f"{stem}_reconstructions.png", columns=len(images))
+    vae.save_grid(torch.cat([images, reconstructions]), f"{stem}_reconstructions.png", columns=len(images))
     vae.save_grid(samples, f"{stem}_samples.png", columns=8)
 
 
@@ -409,7 +408,7 @@ def plot_history(history, path):
 
 # The run
 def check_settings():
-    """Raise UserError for a constant that cannot be."""
+    """Raise UserError for a constant whose value is impossible."""
     require(EPOCHS >= 1, "EPOCHS", EPOCHS, "at least 1")
     count = vae.processes()
     wanted = f"at least {2 * count} and a multiple of {count}, the number of processes" if count > 1 else "at least 2"
@@ -424,15 +423,13 @@ def check_settings():
     require(COMPILE in ("auto", "yes", "no"), "COMPILE", COMPILE, '"auto", "yes" or "no"')
     others = [Path(folder).resolve() for folder in (DATA, "data/cache")]
     require(Path(OUTPUT_DIR).resolve() not in others, "OUTPUT_DIR", OUTPUT_DIR, "no folder of photos or their cache")
-    if vae.processes() > 1:
+    if count > 1:
         require(DEVICE in ("auto", "cpu", "cuda"), "DEVICE", DEVICE, '"auto", "cpu" or "cuda" for several processes')
         started, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if started > gpus > 0 and DEVICE != "cpu":
             raise UserError(f"torchrun started {started} processes for {gpus} GPUs: --nproc-per-node {gpus} does.", 2)
     if RESUME and not last_path().exists():
-        raise UserError(
-            f"There is no {last_path()} to resume from: start without --resume, or name its --output-dir.", 2
-        )
+        raise UserError(f"There is no {last_path()} to resume from: start anew, or name its --output-dir.", 2)
 
 
 def new_run(photos):
@@ -441,7 +438,7 @@ def new_run(photos):
 
 
 def seal(run, settings):
-    """Return a text that goes with a run's state and constants, so that no others are taken for those of a run."""
+    """Return a checksum of a run's state and constants, so that no others are taken for those of a run."""
     return vae.digest(["format 2", repr(run), repr(settings)])
 
 
@@ -450,9 +447,7 @@ def resume_run(model, optimizer, settings, photos):
     saved, info = vae.load_checkpoint(last_path())
     run, then = info.get("state"), info.get("constants")
     if info.get("seal") != seal(run, then):
-        raise UserError(
-            f"{last_path()} is not the last.pth of a run of this train.py: there is nothing in it to resume."
-        )
+        raise UserError(f"{last_path()} is not the last.pth of a run of this train.py, so there is nothing to resume.")
     then, now = then | {"photos": run["photos"]}, settings | {"photos": photos}
     free = {"RESUME", "DATA", "OUTPUT_DIR", "DEVICE", "AMP", "COMPILE"}  # may change between the sessions of a run
     keys = sorted((then.keys() | now.keys()) - free)
@@ -468,7 +463,7 @@ def resume_run(model, optimizer, settings, photos):
 
 
 def load_moments(optimizer, moments):
-    """Give Adam its step counts and moments back, whatever their shape in the file in the layout of the parameters."""
+    """Give Adam its step counts and moments back, in the parameters' layout in memory, whatever that in the file."""
     parameters, state = optimizer.param_groups[0]["params"], {}
     for k, saved in moments.items():
         state[k] = {name: torch.empty_like(parameters[k]).copy_(saved[name]) for name in ("exp_avg", "exp_avg_sq")}
@@ -484,8 +479,8 @@ def describe_run(model, device, run, train_set, val_set):
     precision = "bfloat16" if AMP and vae.has_bfloat16(device.type) else "float32"
     print(f"Split       {len(train_set):,} to train on in batches of {batch}, {len(val_set):,} to validate on")
     print(f"Model       {IMAGE_SIZE}x{IMAGE_SIZE}x{CHANNELS}, latent {LATENT_DIM}, {parameters:,} parameters")
-    number = f"{vae.processes()} processes, each on " if vae.processes() > 1 else ""
-    print(f"Device      {number}{device} ({name}), {precision}")
+    together = f"{vae.processes()} processes, each on " if vae.processes() > 1 else ""
+    print(f"Device      {together}{device} ({name}), {precision}")
     if RESUME:
         rest = f" and {run['step']} steps of the next" if run["epoch"] < EPOCHS else ", the last: this run is finished"
         print(f"Resuming    after epoch {run['epoch']} of {EPOCHS}{rest}")

@@ -40,9 +40,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import distributed, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-# The model. A checkpoint carries these four, so genpic.py needs none of them.
+# The size of the model: a checkpoint carries these four, so genpic.py needs none of them
 IMAGE_SIZE: int = 150  # side of the square pictures in pixels, 16 to 512; training time grows with its square
 CHANNELS: int = 3  # 3 for colour, 1 for grey
 LATENT_DIM: int = 128  # numbers in a latent code; fewer give plainer pictures and smoother interpolations
@@ -55,7 +56,7 @@ MAX_PIXELS = 50_000_000  # of a photo in memory; one whose header tells of more 
 # The model
 def celeb_transforms(size):
     """Return the transforms (photo -> (C, size, size) tensor in [0, 1]) and (photo or tensor -> size x size)."""
-    crop = Compose([Resize(size, antialias=True), CenterCrop(size)])
+    crop = Compose([Resize(size), CenterCrop(size)])
     return Compose([*crop.transforms, ToTensor()]), crop
 
 
@@ -72,11 +73,10 @@ class VAE(nn.Module):
     def __init__(self, image_size=IMAGE_SIZE, channels=CHANNELS, hidden_dims=HIDDEN_DIMS, latent_dim=LATENT_DIM):
         super().__init__()
         check_arguments(image_size, channels, hidden_dims, latent_dim)
-        hidden_dims = list(hidden_dims)
         self.config = {
             "image_size": image_size,
             "channels": channels,
-            "hidden_dims": hidden_dims,
+            "hidden_dims": list(hidden_dims),
             "latent_dim": latent_dim,
         }
         side = math.ceil(image_size / 2 ** len(hidden_dims))  # each stage rounds up: 150 -> 75 -> 38 -> 19 -> 10 -> 5
@@ -108,8 +108,8 @@ class VAE(nn.Module):
         """Codes (B, L) -> images (B, C, H, W) in [0, 1], in float32."""
         features = self.decoder(self.decoder_input(z).unflatten(1, self.bottom))
         logits = self.final_layer(features).float()  # a sigmoid in bfloat16 is 1.0 from 0.998 on, where BCE is infinite
-        crop = celeb_transforms(self.config["image_size"])[1]  # 160 x 160 -> 150 x 150
-        return crop(torch.sigmoid(logits))
+        resize = celeb_transforms(self.config["image_size"])[1]  # 160 x 160 -> 150 x 150
+        return resize(torch.sigmoid(logits))
 
     def forward(self, x):
         """Images (B, C, H, W) -> (reconstructions of the same shape, mu (B, L), log_var (B, L)); z is drawn."""
@@ -153,12 +153,12 @@ def check_arguments(image_size, channels, hidden_dims, latent_dim):
     """Raise UserError, a ValueError, where the arguments of a VAE make no model."""
     for name, value in (("IMAGE_SIZE", image_size), ("CHANNELS", channels), ("LATENT_DIM", latent_dim)):
         require(isinstance(value, int), name, value, "a whole number")
-    halvings = math.ceil(math.log2(max(image_size, 1)))
     require(16 <= image_size <= 512, "IMAGE_SIZE", image_size, "from 16 to 512 pixels")
     require(channels in (1, 3), "CHANNELS", channels, "3 (colour) or 1 (grey)")
     require(1 <= latent_dim <= 10_000, "LATENT_DIM", latent_dim, "from 1 to 10000")
-    channels_fit = hidden_dims and all(isinstance(width, int) and width >= 1 for width in hidden_dims)
-    require(channels_fit, "HIDDEN_DIMS", hidden_dims, "a list of whole numbers, each at least 1")
+    widths_fit = hidden_dims and all(isinstance(width, int) and width >= 1 for width in hidden_dims)
+    require(widths_fit, "HIDDEN_DIMS", hidden_dims, "a list of whole numbers, each at least 1")
+    halvings = math.ceil(math.log2(image_size))
     stages = f"at most {halvings} stages long, for {image_size} pixels can be halved no more often"
     require(len(hidden_dims) <= halvings, "HIDDEN_DIMS", hidden_dims, stages)
 
@@ -183,7 +183,7 @@ def normalised(convolution):
     return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels), nn.LeakyReLU(inplace=True))
 
 
-# Losses: per image, summed over pixels and latents, so that their sum is a bound on the log-likelihood
+# Losses: per image, summed over pixels and latents, so that "bce" or "sigma" plus the KL divergence bounds -log p(x)
 def reconstruction_loss(recon, x, kind):
     """Loss (B,) of images (B, C, H, W) in [0, 1], summed over pixels, in float32.
 
@@ -201,7 +201,7 @@ def reconstruction_loss(recon, x, kind):
 
 
 def structural_similarity(one, other):
-    """Mean SSIM (B,) of images (B, C, H, W) in [0, 1], over windows of 8 x 8 pixels, 4 apart.
+    """Mean SSIM (B,) of images (B, C, H, W) in [0, 1], over the windows of 8 x 8 pixels, 4 apart, that fit in whole.
 
     Wang, Bovik, Sheikh & Simoncelli 2004, "Image quality assessment", with its constants: where the squared error asks
     how far off a pixel is, this asks whether the pattern around it is there, however faint.
@@ -356,7 +356,7 @@ def muted():
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         stderr = os.dup(2)
-    except OSError:  # a program with windows may have none
+    except OSError:  # a Windows program without a console may have none
         stderr = os.dup(nowhere)
     os.dup2(nowhere, 2)
     try:
@@ -383,7 +383,7 @@ def open_photo(path, member=None):
         with container.open(info) as file:
             return Image.open(io.BytesIO(file.read(info.file_size + 1)), formats=image_formats())
     pixels = container[member] if container.dtype == np.uint8 else (container[member] * 255).round().astype(np.uint8)
-    return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
+    return to_pil_image(pixels)
 
 
 def read_image(photo, channels=CHANNELS, size=None):
@@ -422,7 +422,7 @@ def decode_photos(photos, names, size, channels):
     """Return the photos as an array of uint8 (N, size, size, channels), mapped from a file, and the file's path.
 
     They are decoded only where the file is not there yet, or not whole. What cannot be read is named and left out.
-    Raises UserError where that is all, or the file cannot be written.
+    Raises UserError where none can be read, or the file cannot be written.
     """
     cache, each = cache_path(photos, names, size, channels), size * size * channels
 
@@ -517,14 +517,13 @@ def paired(originals, reconstructions, columns):
 
 def as_picture(image):
     """Image (C, H, W) in [0, 1] -> PIL image, grey where C is 1."""
-    pixels = (image * 255).round().byte().permute(1, 2, 0).cpu()
-    return Image.fromarray(pixels.squeeze(-1).numpy())
+    return to_pil_image((image * 255).round().byte())
 
 
 def save_grid(images, path, columns):
     """Save images (B, C, H, W) in [0, 1] as one picture, 2 pixels apart, in the format of the path's ending."""
     grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=1)
-    save_picture([as_picture(grid[: images.shape[1]])], path)
+    save_picture([as_picture(grid[: images.shape[1]])], path)  # make_grid has made three channels of one
 
 
 def save_animation(images, path):
@@ -585,8 +584,8 @@ def plot_latents(photos, mu, log_var, active, path):
         left.set_ylabel(f"second principal axis ({shares[1]:.1%})")
         for chosen, label, colour in ((active, "active", "C0"), (~active, "unused", "0.7")):
             if count := chosen.sum().item():
-                places, heights = 1 + chosen.nonzero().flatten().numpy(), kl[chosen].numpy()
-                right.bar(places, heights, color=colour, label=f"{count} latents {label}")
+                positions, heights = 1 + chosen.nonzero().flatten().numpy(), kl[chosen].numpy()
+                right.bar(positions, heights, color=colour, label=f"{count} latents {label}")
         right.set(xlabel="latents, sorted", ylabel="KL in nats, mean of the validation photos")
         right.xaxis.get_major_locator().set_params(integer=True)
         right.legend()
@@ -618,7 +617,7 @@ def partial_file(path, size):
         raise UserError(f"{path} cannot be written ({why}): it takes {size / 1e6:,.2f} MB.") from None
     finally:
         with suppress(OSError):
-            partial.unlink(missing_ok=True)
+            partial.unlink()
 
 
 @contextmanager
@@ -645,30 +644,28 @@ def claimed(folder, hint, wait=False):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # not everybody who may open the lock of a folder may write there
-        lock.acquire(timeout=0)
+        claim = lock.acquire(timeout=0)
     except Timeout:
         if not wait:
             raise UserError(f"Another run is at work in {folder}: wait for its end, or {hint}.") from None
         print(f"Another run is writing to {folder}: waiting until it has.", flush=True)
-        lock.acquire()
+        claim = lock.acquire()
     except OSError as error:
         raise UserError(f"{folder} cannot be written to ({error.strerror}): {hint}.", 2) from None
-    try:
+    with claim:
         for half in [*folder.glob(".partial-*"), *folder.glob("progress/.partial-*")]:
             with suppress(OSError):  # it may be a folder, or gone
                 half.unlink()
         yield
-    finally:
-        lock.release()
 
 
 # Checkpoints
 def save_checkpoint(path, model, half=False, **info):
     """Write a model and `info` (tensors and plain Python types) to a file that rebuilds the model by itself.
 
-    With `half`, all that was learnt by gradients is kept in 16 bits, for half the file and the same pictures; what was
-    measured (BatchNorm's statistics, the prior) is not. Raises UserError where a weight is not finite, or the file
-    cannot be written; a file at `path` then stays.
+    With `half`, the parameters are kept in 16 bits, for half the file and the same pictures; what was measured
+    (BatchNorm's statistics, the prior) is not. Raises UserError where a weight is not finite, or the file cannot be
+    written; a file at `path` then stays.
     """
     state_dict = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     if half:
@@ -676,7 +673,7 @@ def save_checkpoint(path, model, half=False, **info):
     for name, tensor in state_dict.items():
         if not tensor.isfinite().all():
             raise UserError(f"{name} is no longer finite, so {path} has not been written.")
-    versions = {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
+    versions = {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
     with atomic_write(path) as file:
         torch.save({"config": model.config, "state_dict": state_dict, "versions": versions, **info}, file)
 
@@ -1003,7 +1000,7 @@ def override_constants(constants, argv=None):
         list: ([list], "a list of whole numbers", {"type": int, "nargs": "+"}),
     }
     modules = [sys.modules[__name__], sys.modules[constants["__name__"]]]
-    source = "\n".join(Path(module.__file__).read_text(encoding="utf-8") for module in modules)
+    source = "\n".join(map(inspect.getsource, modules))
     comments = dict(re.findall(r"^([A-Z_0-9]+)\b.*?=.*?#\s*(.*)$", source, re.MULTILINE))
     annotations = {name: kind for module in modules for name, kind in inspect.get_annotations(module).items()}
     parser = argparse.ArgumentParser(description=constants["__doc__"], formatter_class=Formatter, allow_abbrev=False)

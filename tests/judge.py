@@ -11,10 +11,12 @@ A face is found where dlib's frontal detector finds one in the picture at twice 
 Gaussians of two sets of descriptors (Heusel et al. 2017, arXiv:1706.08500, with dlib's network in Inception's place).
 """
 
+import math
 import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 
@@ -28,7 +30,9 @@ import genpic
 import vae
 
 CHECKPOINT: str = "checkpoints_best/vae_model_20.pth"  # the model to judge
-PHOTOS: str = ""  # folder of photos that it has not been trained on; the figures hold for about 900
+PHOTOS: str = (
+    ""  # folder of photos that it has not been trained on: some 900, as fewer make the Frechet distance larger
+)
 VARIED: int = 20  # of these photos, so many get ten variations for each W
 
 
@@ -77,8 +81,13 @@ def distance(one, other):
 
 
 def frechet_distance(one, other):
-    """Return the Frechet distance of the Gaussians of two sets of descriptors (N, 128), (M, 128)."""
+    """Return the Frechet distance of the Gaussians of two sets of descriptors (N, 128), (M, 128).
+
+    It is NaN where a set has too few faces for a covariance.
+    """
     one, other = (torch.from_numpy(those[~np.isnan(those[:, 0])]) for those in (one, other))
+    if min(len(one), len(other)) <= one.shape[1]:
+        return math.nan
     covariances = torch.cov(one.T), torch.cov(other.T)
     root = torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum()  # the trace of the matrix' root
     means = (one.mean(0) - other.mean(0)).square().sum()
@@ -97,9 +106,9 @@ def likeness(photos, reconstructions):
 
 def judge_variations(model, mu, originals):
     """Print for each W how far ten variations of a photo are from each other, and from its reconstruction."""
-    eps = genpic.noise(model, 10)
+    noise = genpic.noise(model, 10 * len(mu)).split(10)
     for w in genpic.SWEEP[1:]:
-        codes = [genpic.perturb(model, code, None, eps, w) for code in mu.split(1)]
+        codes = [genpic.perturb(model, code, None, eps, w) for code, eps in zip(mu.split(1), noise, strict=True)]
         pictures = pictures_of(genpic.decode(model, torch.cat(codes)))
         found = describe(pictures, f"W = {w:g}").reshape(len(mu), 10, 128)
         values = pictures.reshape(len(mu), 10, -1).astype(float)
@@ -116,7 +125,11 @@ def main(argv=None):
     """Reconstruct the photos, draw as many samples, vary some of the photos, and print what comes of it."""
     vae.override_constants(globals(), argv)
     vae.require(PHOTOS, "PHOTOS", PHOTOS, "a folder of photos")  # "" would be the folder one stands in
+    vae.require(VARIED >= 1, "VARIED", VARIED, "at least 1")
+    if missing := [name for name in ("dlib", "face_recognition_models", "skimage") if not find_spec(name)]:
+        raise vae.UserError(f"There is no {missing[0]}: the first lines of this script tell what to install.")
     model, _ = vae.load_checkpoint(CHECKPOINT)
+    vae.require(model.config["channels"] == 3, "CHECKPOINT", CHECKPOINT, "a model of colour pictures")
     images = torch.cat([image for _, image in genpic.readable_photos(model, PHOTOS, "PHOTOS")])
     mu = torch.cat([model.encode(part)[0] for part in images.split(64)])
     noise = genpic.noise(model, len(images))
@@ -134,7 +147,7 @@ def main(argv=None):
     psnr, ssim = likeness(pictures["photos"], pictures["reconstructions"])
     print(f"Likeness    of {len(images)} reconstructions: PSNR {psnr:.2f} dB, SSIM {ssim:.3f}")
     shares = ", ".join(f"{share_found(these[:500]):.1f} % of {name}" for name, these in found.items())
-    print(f"Faces       found in {shares}")
+    print(f"Faces       found, of at most 500 each, in {shares}")
     frechet = {name: frechet_distance(found[name], photos) for name in ("reconstructions", "samples")}
     halves = frechet_distance(photos[::2], photos[1::2])
     distances = ", ".join(f"{name} {value:.4f}" for name, value in frechet.items())

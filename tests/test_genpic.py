@@ -1,5 +1,6 @@
 """Generating: what W means, the modes, the files, the refusals."""
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -72,6 +73,8 @@ def test_variations_grid(workplace, capsys):
     assert f"epoch {info['epoch']}, {info['val_psnr']:.2f} dB" in said
     original = vae.celeb_transforms(32)[0](vae.read_image("faces/face 000.jpg"))[None]
     expected = model.decode(model.encode(original)[0]).detach()
+    psnr = -10 * math.log10((expected - original).square().mean())
+    assert f"PSNR        {psnr:.2f} dB" in said
     for shown, image in ((photo, original), (reconstruction, expected)):
         assert np.abs(shown - 255 * image[0].permute(1, 2, 0).numpy()).max() <= 0.6
     assert len({picture.tobytes() for picture in variations}) == 10

@@ -20,7 +20,7 @@ import train
 import vae
 
 in_linux = pytest.mark.skipif(sys.platform != "linux", reason="starts processes by fork")
-RUN = ["--epochs", "3", "--kl-warmup-epochs", "2"]  # 5 steps each
+RUN = ["--epochs", "3", "--kl-warmup-epochs", "2", "--reconstruction", "ssim"]  # 5 steps each
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ train.train_step, train.finish_epoch = train_step, finish_epoch
 train.main()
 """
 in_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
-RUN = [*SMALL, "--data", "faces", "--epochs", "3"]
+RUN = [*SMALL, "--data", "faces", "--epochs", "3", "--reconstruction", "ssim"]
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,8 @@ def test_the_tests_that_it_names_are_there():
 
 def commands(script):
     """Return the flags of each of the README's commands that run a script."""
-    found = re.findall(rf"\bpython {script}\.py([^`#&\n]*)", (ROOT / "README.md").read_text())
+    line = "[^`#&\n]*"
+    found = re.findall(rf"\bpython {script}\.py({line}(?:\n--{line})*)", (ROOT / "README.md").read_text())
     return [shlex.split(flags) for flags in dict.fromkeys(map(str.strip, found))]
 
 

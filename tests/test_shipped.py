@@ -22,8 +22,8 @@ MODEL, PHOTO = "checkpoints_best/vae_model_20.pth", "data/tested_data/sample.jpg
 @pytest.fixture
 def newcomer(tmp_path, monkeypatch):
     """A folder with the model and its photo, which is the current one during the test."""
-    if "about" not in load_checkpoint(ROOT / MODEL)[1]:
-        pytest.skip("another model has taken its place")
+    if (ROOT / "checkpoints_best/last.pth").exists():
+        pytest.skip("a run has left its own model there")
     for name in (MODEL, PHOTO):
         (tmp_path / name).parent.mkdir(parents=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -37,7 +37,11 @@ def test_it_tells_what_it_is(newcomer):
     assert "CelebA" in info["about"] and "research use" in info["about"]
     assert info["constants"]["EPOCHS"] == 20 and not {"DATA", "OUTPUT_DIR"} & info["constants"].keys()
     assert model.config == {"image_size": 150, "channels": 3, "hidden_dims": [32, 64, 128, 256, 512], "latent_dim": 128}
-    assert model.prior_is_fitted() and {tensor.dtype for tensor in model.parameters()} == {torch.float32}
+    assert model.prior_is_fitted()
+    stored, learnt = torch.load(MODEL, weights_only=True)["state_dict"], dict(model.named_parameters())
+    for name, tensor in model.state_dict().items():  # what was measured is kept as it is
+        assert stored[name].dtype == (torch.float16 if name in learnt else tensor.dtype)
+        assert tensor.dtype in (torch.float32, torch.int64)
 
 
 def test_the_first_command_varies_a_face(newcomer, capsys):
@@ -48,7 +52,7 @@ def test_the_first_command_varies_a_face(newcomer, capsys):
     sheet = np.asarray(Image.open("generated_images_grid2.jpg"), float)
     tiles = [sheet[y : y + 150, x : x + 150] for y in (2, 154) for x in range(2, 6 * 152, 152)]
     apart = [np.sqrt(np.square(one - other).mean()) for one, other in combinations(tiles[2:], 2)]
-    assert np.mean(apart) > 3  # grey levels
+    assert 3 < np.mean(apart) < 15  # grey levels
     assert np.sqrt(np.square(tiles[0] - tiles[1]).mean()) < 12  # the reconstruction is one of the photo
 
 

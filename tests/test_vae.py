@@ -189,20 +189,22 @@ def test_reconstruction_losses_are_sums_per_image():
 
 
 def test_structural_similarity_is_that_of_the_paper():
-    one, other = torch.rand(3, 2, 18, 16), torch.rand(3, 2, 18, 16)
-    other[0] = 0.3 * one[0] + 0.2  # the same pattern, but faint
+    one = torch.rand(3, 2, 18, 16)
+    other = torch.cat([0.3 * one[:1] + 0.2, torch.rand(2, 2, 18, 16)]).requires_grad_()  # the same pattern, but faint
     found = []
     for a, b in zip(one.flatten(0, 1).double(), other.flatten(0, 1).double(), strict=True):
         for top, left in itertools.product((0, 4, 8), (0, 4, 8)):
             x, y = (image[top : top + 8, left : left + 8].flatten() for image in (a, b))
-            (xx, xy), (_, yy) = torch.cov(torch.stack([x, y]), correction=0).tolist()
+            (xx, xy), (_, yy) = torch.cov(torch.stack([x, y]), correction=0)
             luminance = (2 * x.mean() * y.mean() + 1e-4) / (x.mean() ** 2 + y.mean() ** 2 + 1e-4)
             found.append(luminance * (2 * xy + 9e-4) / (xx + yy + 9e-4))
     expected = torch.stack(found).reshape(3, -1).mean(1).float()
     torch.testing.assert_close(vae.structural_similarity(one, other), expected)
     torch.testing.assert_close(vae.structural_similarity(one, one), torch.ones(3))
-    loss = vae.reconstruction_loss(other, one, "mse") + 0.01 * one[0].numel() * (1 - expected)
-    torch.testing.assert_close(vae.reconstruction_loss(other, one, "ssim"), loss)
+    losses = vae.reconstruction_loss(other, one, "mse") + 0.01 * one[0].numel() * (1 - expected)
+    found = vae.reconstruction_loss(other, one, "ssim")
+    torch.testing.assert_close(found, losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), other) for loss in (found, losses)))
 
 
 def test_sigma_is_the_best_weight_there_is():
@@ -214,9 +216,12 @@ def test_sigma_is_the_best_weight_there_is():
 
 
 def test_losses_are_computed_in_float32_inside_and_outside_autocast():
-    recon, x = torch.rand(2, 3, 8, 8).bfloat16(), torch.rand(2, 3, 8, 8)
+    recon, x = torch.rand(2, 3, 8, 8).bfloat16(), torch.rand(2, 3, 8, 8).bfloat16()
     for kind in ("mse", "ssim", "bce", "sigma"):
-        assert vae.reconstruction_loss(recon, x, kind).dtype == torch.float32
+        expected = vae.reconstruction_loss(recon.float(), x.float(), kind)
+        assert torch.equal(vae.reconstruction_loss(recon, x, kind), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(vae.reconstruction_loss(recon, x, kind), expected)
 
 
 def test_psnr():
