@@ -269,8 +269,10 @@ def image_formats():
 
 def is_image(name):
     """Whether the name of a file has an ending of a format to read, and none of its folders, nor itself, is hidden."""
-    hidden = any(part.startswith(".") for part in Path(name).parts)
-    return not hidden and Image.registered_extensions().get(Path(name).suffix.lower()) in image_formats()
+    hidden, ending = any(part.startswith(".") for part in Path(name).parts), Path(name).suffix.lower()
+    if ending in (".heic", ".heif"):  # the photos of phones, which Pillow does not read: better named than passed over
+        return not hidden
+    return not hidden and Image.registered_extensions().get(ending) in image_formats()
 
 
 def find_photos(place, without=None):
@@ -414,7 +416,7 @@ def read_image(photo, channels=CHANNELS, size=None):
     except FileNotFoundError:
         raise UserError(f"{photo} does not exist.", 2) from None
     except Exception as error:  # on a broken file Pillow's decoders raise whatever they stumble over
-        why = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+        why = "unknown format: save it as JPEG" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"{photo} cannot be read as an image ({why}).") from None
 
 

@@ -361,8 +361,14 @@ def test_a_bad_photo_in_an_archive_is_named(workplace, capsys):
     run("--data", "photos.zip", "--epochs", "1")
     said = capsys.readouterr().out
     assert "photos.zip/faces/face 003.jpg cannot be read as an image (Bad CRC-32" in said
-    assert "photos.zip/text.jpg cannot be read as an image (unknown format)" in said
+    assert "photos.zip/text.jpg cannot be read as an image (unknown format: save it as JPEG)" in said
     assert "Photos      7 (2 files skipped)" in said
+
+
+def test_a_photo_of_a_phone_is_named(workplace, capsys):
+    Path("faces/IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    run("--epochs", "1")
+    assert "faces/IMG_1.HEIC cannot be read as an image (unknown format: save it as JPEG)" in capsys.readouterr().out
 
 
 def test_a_file_without_ending_that_a_link_calls_zip_is_one(workplace):
