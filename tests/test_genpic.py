@@ -315,6 +315,7 @@ def test_grey_models_give_grey_pictures(workplace, mode):
         ("--crop 1 2 0", 2, "CROP is [1, 2, 0]"),
         ("--image me.jpg --crop 9 0 40", 2, "CROP [9, 0, 40] reaches beyond me.jpg, which has 48 x 56 pixels"),
         ("--image me.jpg --crop 0 17 40", 2, "reaches beyond me.jpg"),
+        ("--image faces --crop 0 0 9999", 2, "reaches beyond faces/face 001.jpg"),
         ("--device tpu", 2, "DEVICE"),
         ("--image-to me.jpg", 2, "MODE is 'variations': it must be \"interpolate\" where IMAGE_TO names a photo"),
         ("--prior uniform", 2, '"fitted" or "standard"'),
