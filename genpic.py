@@ -45,13 +45,8 @@ def photos_of(place, name):
     if parent:  # a photo in a .zip or .npy
         photos = [photo for photo in photos if str(photo) == str(Path(place))]
     if not photos:
-        raise UserError(f"There is no photo in {place}: put one there, or name one with {flag(name)}.", 2)
+        raise UserError(f"There is no photo in {place}: put one there, or name one with {vae.flag(name)}.", 2)
     return photos
-
-
-def flag(name):
-    """Return the flag of a constant of this name."""
-    return f"--{name.lower().replace('_', '-')}"
 
 
 def load_photo(model, photo, crop):
@@ -89,7 +84,7 @@ def encode_first(model, usual, place, name):
     Prints which photo it is, and how well it is reconstructed; `usual` is the PSNR to expect, in dB.
     """
     photo, image = next(readable_photos(model, place, name))
-    choice = "" if str(photo) == str(Path(place)) else f", the first in {place}; {flag(name)} names another"
+    choice = "" if str(photo) == str(Path(place)) else f", the first in {place}; {vae.flag(name)} names another"
     print(f"Photo       {printable(str(photo))}{choice}")
     mu, log_var = model.encode(image)
     reconstruction = model.decode(mu)

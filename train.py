@@ -217,7 +217,7 @@ def train_epoch(network, optimizer, photos, train_set, run, stopping):
     fewest = 2 * vae.processes()  # that BatchNorm can work with
     batches = [batch for batch in shuffled.split(BATCH_SIZE) if len(batch) >= fewest]
     device = next(network.parameters()).device
-    sums = torch.tensor(run["sums"], device=device) * (vae.rank() == 0)  # it carries on those from before a stop
+    sums = torch.tensor(run["sums"], device=device) * (vae.rank() == 0)  # process 0 has those from before a stop
 
     first, start, losses = run["step"], time.perf_counter(), []
     images_of_steps = load_batches(photos, map(vae.share, batches[first:]), device)

@@ -270,9 +270,8 @@ def image_formats():
 def is_image(name):
     """Whether the name of a file has an ending of a format to read, and none of its folders, nor itself, is hidden."""
     hidden, ending = any(part.startswith(".") for part in Path(name).parts), Path(name).suffix.lower()
-    if ending in (".heic", ".heif"):  # the photos of phones, which Pillow does not read: better named than passed over
-        return not hidden
-    return not hidden and Image.registered_extensions().get(ending) in image_formats()
+    phone = ending in (".heic", ".heif")  # which Pillow does not read: better named than passed over
+    return not hidden and (phone or Image.registered_extensions().get(ending) in image_formats())
 
 
 def find_photos(place, without=None):
@@ -983,6 +982,11 @@ def script(main):
     return run
 
 
+def flag(name):
+    """Return the flag of the constant of this name: --output-dir for OUTPUT_DIR."""
+    return f"--{name.lower().replace('_', '-')}"
+
+
 def override_constants(constants, argv=None):
     """Set a script's `constants`, its globals(), from flags of their names, and return them as a dict.
 
@@ -1012,8 +1016,8 @@ def override_constants(constants, argv=None):
         if name.isupper() and kind in kinds:
             types, called, options = kinds[kind]
             require(type(value) in types, name, value, called)
-            flag, comment = f"--{name.lower().replace('_', '-')}", comments.get(name, "").replace("%", "%%")
-            parser.add_argument(flag, dest=name, default=value, help=comment, **options)
+            comment = comments.get(name, "").replace("%", "%%")
+            parser.add_argument(flag(name), dest=name, default=value, help=comment, **options)
     settings = vars(parser.parse_args(argv))
     constants.update(settings)
     return settings
