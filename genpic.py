@@ -219,7 +219,8 @@ def check_settings():
     require(not Path(OUTPUT).is_dir(), "OUTPUT", OUTPUT, "a file, but it is a folder")
     if not Path(CHECKPOINT).is_file():
         found = ", ".join(sorted(map(str, Path(CHECKPOINT).parent.glob("*.pth"))))
-        hint = f"name one with --checkpoint (there is {found})" if found else "make one with `python train.py`"
+        there = f"name one with --checkpoint (there is {found})"
+        hint = there if found else "go to the folder of the scripts, or make one with `python train.py`"
         raise UserError(f"There is no checkpoint {CHECKPOINT}: {hint}.", 2)
 
 
@@ -258,6 +259,8 @@ def main(argv=None):
         output = Path(OUTPUT) if number == 1 else Path(OUTPUT).with_stem(f"{Path(OUTPUT).stem}-{number}")
         if output.resolve() in inputs:
             raise UserError(f"OUTPUT is {output}, which is one of the photos: name another file with --output.", 2)
+        if output.exists() and not vae.is_made_here(output):
+            raise UserError(f"OUTPUT is {output}, which genpic.py has not made: name another file with --output.", 2)
         if MODE == "interpolate" and output.suffix.lower() in (".gif", ".webp"):
             vae.save_animation(images, output)
         else:

@@ -48,7 +48,7 @@ SEED: int = 0  # start of all random numbers; another one gives another split, o
 
 # What it runs on
 DEVICE: str = "auto"  # "auto" is CUDA where there is one, else the CPU; or name a device: "cpu", "cuda:1"
-AMP: bool = True  # compute in bfloat16 where the hardware has it: much faster (see README), the same pictures
+AMP: bool = True  # compute in bfloat16 where the hardware has it: much faster, the same pictures
 COMPILE: str = "auto"  # "yes" compiles the model first (a minute), "auto" only on CUDA, "no" never
 
 
@@ -70,7 +70,7 @@ def find_photos():
     if not photos:
         state = "holds no photos" if usable else "is no folder, .zip or .npy" if place.exists() else "does not exist"
         raise UserError(
-            f"DATA {place.absolute()} {state}: put photos there, or name where they are with --data. "
+            f"DATA {place.absolute()} {state}: put photos into data/train, or name where they are with --data. "
             f"CelebA's img_align_celeba.zip, from mmlab.ie.cuhk.edu.hk/projects/CelebA.html, will do as it is.",
             2,
         )
@@ -348,7 +348,7 @@ def latents_line(row):
     if max(row["train_kl"], row["val_kl"]) < 1:  # the first epochs of a small run validate badly, but do not train so
         advice = "" if RECONSTRUCTION == "sigma" else "lower BETA or "
         return f"{state}: the posterior has collapsed, so all photos look alike; {advice}raise KL_WARMUP_EPOCHS"
-    if row["epoch"] >= KL_WARMUP_EPOCHS and row["marginal_kl"] > 0.25 * LATENT_DIM:
+    if row["epoch"] == EPOCHS and row["marginal_kl"] > 0.25 * LATENT_DIM:
         off = f"so weak a KL leaves them {row['marginal_kl']:.0f} nats off N(0, I)"
         return f"{state}; {off}: sample from the fitted prior, as genpic.py does"
     return state
@@ -372,6 +372,17 @@ def save_last(model, optimizer, run, settings):
     under_way = (0, 0) < (run["epoch"], run["step"]) < (EPOCHS, 0)
     info = {"run": run["id"], "resumable": under_way, "constants": settings, "state": run, "seal": seal(run, settings)}
     vae.save_checkpoint(last_path(), model, optimizer=optimizer.state_dict(), **info)
+
+
+def clear_pictures():
+    """Move the figures and pictures of an earlier run aside, which this one's would replace or mix with."""
+    names = [Path(OUTPUT_DIR, name) for name in ("history.csv", "loss_curves.png", "latent_space.png", "progress")]
+    if vae.rank() == 0 and (there := [path for path in names if path.exists()]):
+        kept = vae.free_path(Path(OUTPUT_DIR, "previous"))
+        kept.mkdir()
+        for path in there:
+            path.rename(kept / path.name)
+        print(f"{OUTPUT_DIR} had the figures and pictures of another run: kept in {kept}")
 
 
 def save_history(history, path):
@@ -523,8 +534,9 @@ def main(argv=None):
             train_set, val_set = (part.to(photos.device) for part in split_photos(len(photos)))
             photos_id = f"{len(photos)} photos ({vae.digest(names)})"
             run = resume_run(model, optimizer, settings, photos_id) if RESUME else new_run(photos_id)
-            if not RESUME:  # so that a run which is killed in its first epoch can go on as well
-                save_last(model, optimizer, run, settings)
+            if not RESUME:
+                clear_pictures()
+                save_last(model, optimizer, run, settings)  # a run that is killed in its first epoch can go on as well
         vae.require_same(photos_id)
         describe_run(model, device, run, train_set, val_set)
 

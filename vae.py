@@ -36,7 +36,7 @@ import numpy as np
 import torch
 import torchvision
 from filelock import FileLock, Timeout
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import distributed, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
@@ -51,6 +51,7 @@ HIDDEN_DIMS: list[int] = [32, 64, 128, 256, 512]  # channels of the encoder's st
 
 LOG_VAR_RANGE = (-20.0, 10.0)  # exp() stays finite and positive, in float32 and in bfloat16
 MAX_PIXELS = 50_000_000  # of a photo in memory; one whose header tells of more is never decoded
+MADE_HERE = "made by vae.py"  # the mark in pictures of save_picture
 
 
 # The model
@@ -538,14 +539,27 @@ def save_picture(frames, path):
     Raises UserError where the format has no room for so large a picture, or the file cannot be written.
     """
     first, *others = frames
-    options = {"quality": 95}
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = MADE_HERE
+    options = {"exif": exif, "comment": MADE_HERE}  # a GIF has comments only
     if others:  # lossless, as a lossy WebP drops frames that differ little
-        options = {"save_all": True, "append_images": others, "duration": 100, "loop": 0, "lossless": True}
+        options |= {"save_all": True, "append_images": others, "duration": 100, "loop": 0, "lossless": True}
+    else:
+        options |= {"quality": 95}
     with atomic_write(path) as file:
         try:
             first.save(file, Image.registered_extensions()[Path(path).suffix.lower()], **options)
         except (LookupError, ValueError, OSError) as error:  # of no such format, WebP and JPEG
             raise UserError(f"{path} cannot hold {first.width}x{first.height} pixels ({error}).") from None
+
+
+def is_made_here(path):
+    """Whether a file is a picture of save_picture, which another may replace."""
+    try:
+        with Image.open(path) as image:
+            return MADE_HERE in (image.getexif().get(ExifTags.Base.Software), image.info.get("comment", b"").decode())
+    except Exception:  # no picture, or a broken one, but somebody's file all the same
+        return False
 
 
 @contextmanager
@@ -679,6 +693,12 @@ def save_checkpoint(path, model, half=False, **info):
         torch.save({"config": model.config, "state_dict": state_dict, "versions": versions, **info}, file)
 
 
+def free_path(path, suffix=""):
+    """Return the first of path + suffix, path-2 + suffix, path-3 + suffix ... that is not there."""
+    endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    return next(free for end in endings if not (free := path.with_name(f"{path.name}{end}{suffix}")).exists())
+
+
 @functools.cache  # once in a run: from then on the file is its own, as nobody else may write to OUTPUT_DIR
 def keep_previous(path, run_id):
     """Copy a checkpoint at `path` that another run made to a free name beside it, so that it outlives this run."""
@@ -690,12 +710,11 @@ def keep_previous(path, run_id):
         info = {}  # not a checkpoint, but somebody's file all the same
     if info.get("run") == run_id or info.get("resumable") is False:  # nobody will miss the last.pth of a finished run
         return
-    endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-    kept = next(kept for end in endings if not (kept := path.with_suffix(f".previous{end}.pth")).exists())
+    kept = free_path(path.with_suffix(".previous"), ".pth")
     with atomic_write(kept) as file:
         file.write(path.read_bytes())
     back = shlex.join(["mv", str(kept), str(path)])
-    print(f"{path} was there from another run: kept as {kept} (`{back}` brings it back)")
+    print(f"{path} was there from another run: kept as {kept} (`{back}` brings it back in place of this run's)")
 
 
 def load_checkpoint(path, device="cpu"):

@@ -285,6 +285,16 @@ def test_grey_models_give_grey_pictures(workplace, mode):
     assert Image.open("new folder/grey.png").mode == "L"
 
 
+@pytest.mark.parametrize("name", ["way.jpg", "way.png", "way.webp", "way.gif", "sheet.webp"])
+def test_a_picture_of_its_own_is_replaced(name, workplace):
+    mode = "interpolate" if name.startswith("way") else "sample"
+    pictures = []
+    for seed in "01":
+        generate("--mode", mode, "--output", name, "--seed", seed)
+        pictures.append(Path(name).read_bytes())
+    assert pictures[0] != pictures[1]
+
+
 # Refusals
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
@@ -324,6 +334,8 @@ def test_grey_models_give_grey_pictures(workplace, mode):
         ("--mode interpolate --image missing.jpg --image-to me.jpg", 2, "IMAGE is 'missing.jpg'"),
         ("--mode interpolate --image-to me.jpg --output me.jpg", 2, "which is one of the photos"),
         ("--mode sweep --image me.jpg --output me.jpg", 2, "which is one of the photos"),
+        ("--mode sample --output me.jpg", 2, "OUTPUT is me.jpg, which genpic.py has not made: name another file"),
+        ("--image me.jpg --output broken.jpg", 2, "OUTPUT is broken.jpg, which genpic.py has not made"),
         ("--output grid.gif", 2, "ends in .jpg, .jpeg, .png, .webp"),
         ("--output grid.xyz", 2, ".webp"),
         ("--output grid", 2, ".webp"),
@@ -340,10 +352,10 @@ def test_refusals(flags, code, words, workplace, capsys):
     (workplace / "broken/text.png").write_text("no photo")
     (workplace / "faces/face 000.jpg").rename(workplace / "faces/me.jpg")
     (workplace / "me.jpg").symlink_to(workplace / "faces/me.jpg")
-    before = sorted(workplace.rglob("*"))
+    before = {path: path.is_file() and path.read_bytes() for path in workplace.rglob("*")}
     stopped, said = refusal(generate, capsys, *flags.split())
     assert stopped == code and words in said
-    assert sorted(workplace.rglob("*")) == before
+    assert {path: path.is_file() and path.read_bytes() for path in workplace.rglob("*")} == before
 
 
 @pytest.mark.parametrize(

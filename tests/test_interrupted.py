@@ -146,7 +146,7 @@ def test_a_run_that_took_no_step_is_not_kept(workplace, monkeypatch, capsys):
         patch.setattr(train, "train_step", fail)
         for _ in range(2):
             assert refusal(run, capsys)[1] == f"{Path(sys.argv[0]).name}: no step\n"
-    assert not list(workplace.rglob("*previous*"))
+    assert not list(workplace.rglob("*.previous*"))
     run("--epochs", "20", "--resume")
 
 

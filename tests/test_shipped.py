@@ -62,7 +62,7 @@ def test_a_first_run_keeps_it(newcomer, capsys):
     train.main([*SMALL, "--epochs", "20"])
     assert (newcomer / MODEL).read_bytes() != shipped
     back = re.search(
-        r"kept as checkpoints_best/vae_model_20.previous.pth \(`(mv .*)` brings it back\)", capsys.readouterr().out
+        r"kept as checkpoints_best/vae_model_20.previous.pth \(`(mv .*)` brings it back", capsys.readouterr().out
     )
     subprocess.run(back[1], shell=True, check=True)
     assert (newcomer / MODEL).read_bytes() == shipped

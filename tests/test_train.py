@@ -271,7 +271,7 @@ def test_files_of_a_run(trained):
 
 
 def test_latents_line_tells_what_state_they_are_in():
-    row = {"epoch": 3, "train_kl": 41.0, "val_kl": 40.26, "active_units": 100, "marginal_kl": 31.0}
+    train.EPOCHS, row = 3, {"epoch": 3, "train_kl": 41.0, "val_kl": 40.26, "active_units": 100, "marginal_kl": 31.0}
     assert train.latents_line(row) == "  Latents    40.3 nats KL, 100 of 128 active"
     weak = train.latents_line(row | {"marginal_kl": 33})
     assert "; so weak a KL leaves them 33 nats off N(0, I): sample from the fitted prior" in weak
@@ -282,8 +282,7 @@ def test_latents_line_tells_what_state_they_are_in():
         assert "collapsed" not in train.latents_line(collapsed | {kl: 1.1})
     train.RECONSTRUCTION = "sigma"
     assert "lower BETA" not in train.latents_line(collapsed)
-    train.KL_WARMUP_EPOCHS = 4.0
-    assert "N(0, I)" not in train.latents_line(row | {"marginal_kl": 33})  # the weight has yet to reach its height
+    assert "N(0, I)" not in train.latents_line(row | {"marginal_kl": 33, "epoch": 2})  # once is enough
 
 
 def test_a_run_says_that_its_posterior_has_collapsed(workplace, capsys):
@@ -350,11 +349,26 @@ def test_checkpoints_of_other_runs_are_kept(workplace, capsys):
     (out / "vae_model_1.pth").write_bytes(first)
     for kept in ("vae_model_1.previous.pth", "vae_model_1.previous-2.pth"):
         run("--epochs", "1", "--seed", str(len(kept)))
-        back = f"`mv checkpoints_best/{kept} checkpoints_best/vae_model_1.pth` brings it back"
+        back = f"`mv checkpoints_best/{kept} checkpoints_best/vae_model_1.pth` brings it back in place of this run's"
         assert f"kept as checkpoints_best/{kept} ({back})" in capsys.readouterr().out
     assert (out / "vae_model_1.previous.pth").read_bytes() == first
     assert (out / "vae_model_8.pth").read_bytes() == first
     assert not same_weights(out / "vae_model_1.pth", out / "vae_model_1.previous-2.pth")
+
+
+def test_pictures_of_other_runs_are_kept(workplace, capsys):
+    out, names = workplace / "checkpoints_best", ("history.csv", "loss_curves.png", "latent_space.png")
+    first = {path.relative_to(out): path.read_bytes() for path in [*map(out.joinpath, names), *out.glob("progress/*")]}
+    assert len(first) == 3 + 2 * 8
+    run("--epochs", "1")
+    assert "kept in checkpoints_best/previous\n" in capsys.readouterr().out
+    assert {path: (out / "previous" / path).read_bytes() for path in first} == first
+    assert len(list(out.glob("progress/*"))) == 2
+    run("--epochs", "2", "--seed", "3")
+    assert "kept in checkpoints_best/previous-2\n" in capsys.readouterr().out
+    assert len(list(out.glob("previous-2/progress/*"))) == 2
+    run("--epochs", "1", "--output-dir", "elsewhere")
+    assert "previous" not in capsys.readouterr().out
 
 
 def test_the_same_settings_give_the_same_weights(workplace):
