@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
     draw_faces(folder / "faces", 36)
     (folder / "recorder.py").write_text(RECORDER)
     (folder / "taken").mkdir()
-    (folder / "taken/progress").touch()  # where there should be a folder
+    (folder / "taken/progress").symlink_to("nowhere")  # where there should be a folder
     return folder
 
 
