@@ -541,11 +541,9 @@ def save_picture(frames, path):
     first, *others = frames
     exif = Image.Exif()
     exif[ExifTags.Base.Software] = MADE_HERE
-    options = {"exif": exif, "comment": MADE_HERE}  # a GIF has comments only
+    options = {"quality": 95, "exif": exif, "comment": MADE_HERE}  # a GIF has comments only
     if others:  # lossless, as a lossy WebP drops frames that differ little
         options |= {"save_all": True, "append_images": others, "duration": 100, "loop": 0, "lossless": True}
-    else:
-        options |= {"quality": 95}
     with atomic_write(path) as file:
         try:
             first.save(file, Image.registered_extensions()[Path(path).suffix.lower()], **options)
