@@ -260,7 +260,8 @@ def main(argv=None):
         if output.resolve() in inputs:
             raise UserError(f"OUTPUT is {output}, which is one of the photos: name another file with --output.", 2)
         if output.exists() and not vae.is_made_here(output):
-            raise UserError(f"OUTPUT is {output}, which genpic.py has not made: name another file with --output.", 2)
+            there = f"OUTPUT is {output}, which is there and has no mark of genpic.py"
+            raise UserError(f"{there}: move it away, or name another file with --output.", 2)
         if MODE == "interpolate" and output.suffix.lower() in (".gif", ".webp"):
             vae.save_animation(images, output)
         else:

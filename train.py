@@ -14,6 +14,7 @@ import itertools
 import math
 import os
 import shlex
+import shutil
 import sys
 import time
 import uuid
@@ -381,7 +382,7 @@ def clear_pictures():
         kept = vae.free_path(Path(OUTPUT_DIR, "previous"))
         kept.mkdir()
         for path in there:
-            path.rename(kept / path.name)
+            shutil.move(path, kept)  # a rename fails for a folder of a container's image
         print(f"{OUTPUT_DIR} had the figures and pictures of another run: kept in {kept}")
 
 

@@ -554,10 +554,11 @@ def save_picture(frames, path):
 def is_made_here(path):
     """Whether a file is a picture of save_picture, which another may replace."""
     try:
-        with Image.open(path) as image:
-            return MADE_HERE in (image.getexif().get(ExifTags.Base.Software), image.info.get("comment", b"").decode())
+        with warnings.catch_warnings(action="ignore"), open_photo(path) as image:
+            marks = image.getexif().get(ExifTags.Base.Software), image.info.get("comment")
     except Exception:  # no picture, or a broken one, but somebody's file all the same
         return False
+    return MADE_HERE in marks or MADE_HERE.encode() in marks
 
 
 @contextmanager

@@ -146,8 +146,8 @@ def test_a_run_that_took_no_step_is_not_kept(workplace, monkeypatch, capsys):
         patch.setattr(train, "train_step", fail)
         for _ in range(2):
             assert refusal(run, capsys)[1] == f"{Path(sys.argv[0]).name}: no step\n"
-    assert not list(workplace.rglob("*.previous*"))
     run("--epochs", "20", "--resume")
+    assert [path.name for path in workplace.rglob("*previous*")] == ["previous"]  # the pictures of the run before
 
 
 # Stopped
@@ -176,6 +176,7 @@ def test_a_stopped_run_goes_on_as_if_it_never_stopped(whole, monkeypatch, capsys
 
     run(*RUN, "--output-dir", "parts", "--resume")
     assert_same_run("whole", "parts")
+    assert not Path("parts/previous").exists()
 
 
 def test_the_second_ctrl_c_acts_at_once():
