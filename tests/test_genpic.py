@@ -288,11 +288,10 @@ def test_grey_models_give_grey_pictures(workplace, mode):
 @pytest.mark.parametrize("name", ["way.jpg", "way.png", "way.webp", "way.gif", "sheet.webp"])
 def test_a_picture_of_its_own_is_replaced(name, workplace):
     mode = "interpolate" if name.startswith("way") else "sample"
-    pictures = []
-    for seed in "01":
-        generate("--mode", mode, "--output", name, "--seed", seed)
-        pictures.append(Path(name).read_bytes())
-    assert pictures[0] != pictures[1]
+    generate("--mode", mode, "--output", name)
+    before = Path(name).read_bytes()
+    generate("--mode", mode, "--output", name, "--seed", "1")
+    assert Path(name).read_bytes() != before
 
 
 # Refusals

@@ -271,7 +271,8 @@ def test_files_of_a_run(trained):
 
 
 def test_latents_line_tells_what_state_they_are_in():
-    train.EPOCHS, row = 3, {"epoch": 3, "train_kl": 41.0, "val_kl": 40.26, "active_units": 100, "marginal_kl": 31.0}
+    train.EPOCHS = 3
+    row = {"epoch": 3, "train_kl": 41.0, "val_kl": 40.26, "active_units": 100, "marginal_kl": 31.0}
     assert train.latents_line(row) == "  Latents    40.3 nats KL, 100 of 128 active"
     weak = train.latents_line(row | {"marginal_kl": 33})
     assert "; so weak a KL leaves them 33 nats off N(0, I): sample from the fitted prior" in weak
