@@ -255,6 +255,17 @@ def test_training_learns(trained):
     assert float(last["train_loss"]) < 0.75 * float(first["train_loss"])
 
 
+def test_golden_run(workplace):
+    """The losses of a short run: another term, schedule, order of photos or flip changes each by 1 % or more."""
+    recipe = "--reconstruction=ssim --kl-warmup-epochs=2 --beta=0.5 --learning-rate=0.003 --no-amp".split()
+    run("--epochs", "3", "--output-dir", "golden", *recipe)
+    with open("golden/history.csv") as file:
+        rows = list(csv.DictReader(file))
+    losses = [[float(row[name]) for name in ("train_reconstruction", "train_kl", "val_reconstruction")] for row in rows]
+    expected = [[260.72, 12.5198, 159.951], [235.43, 17.1455, 165.180], [225.42, 13.5418, 171.119]]
+    np.testing.assert_allclose(losses, expected, rtol=1e-3)
+
+
 # What a run leaves behind
 def test_files_of_a_run(trained):
     out = trained / "checkpoints_best"
