@@ -88,7 +88,7 @@ def encode_first(model, usual, place, name):
     print(f"Photo       {printable(str(photo))}{choice}")
     mu, log_var = model.encode(image)
     reconstruction = model.decode(mu)
-    tell_psnr(vae.reconstruction_loss(reconstruction, image, "mse").item(), image.numel(), usual)
+    tell_psnr((reconstruction - image).square().sum().item(), image.numel(), usual)
     return image, reconstruction, mu, log_var
 
 
@@ -153,6 +153,18 @@ def label(model, text):
     return to_tensor(tile)[None].to(model.latent_mean.device)
 
 
+def paired(originals, reconstructions, columns):
+    """Interleave two batches (B, C, H, W) so that a grid of so many columns shows originals over reconstructions."""
+    blank = originals.new_ones(-len(originals) % columns, *originals.shape[1:])  # fills up a short last row
+    rows = [torch.cat([images, blank]).unflatten(0, (-1, columns)) for images in (originals, reconstructions)]
+    return torch.stack(rows, dim=1).flatten(0, 2)
+
+
+def save_animation(images, path):
+    """Save images (B, C, H, W) in [0, 1] as a GIF or WebP that shows them there and back, ten a second, for ever."""
+    vae.save_picture([vae.as_picture(image) for image in torch.cat([images, images[1:-1].flip(0)])], path)
+
+
 # Modes: each yields sheets, that is images (N, C, H, W) and how many of them stand in a row, given the model and the
 # PSNR that its reconstructions usually have
 def variations(model, usual):
@@ -176,10 +188,10 @@ def reconstruct(model, usual):
     while sheet := list(itertools.islice(photos, 64)):
         originals = torch.cat(sheet)
         reconstructions = model.decode(model.encode(originals)[0])
-        squared_error += vae.reconstruction_loss(reconstructions, originals, "mse").sum().item()
+        squared_error += (reconstructions - originals).square().sum().item()
         pixels += originals.numel()
         columns = min(8, len(sheet))
-        yield vae.paired(originals, reconstructions, columns), columns
+        yield paired(originals, reconstructions, columns), columns
     tell_psnr(squared_error, pixels, usual)
 
 
@@ -263,7 +275,7 @@ def main(argv=None):
             there = f"OUTPUT is {output}, which is there and has no mark of genpic.py"
             raise UserError(f"{there}: move it away, or name another file with --output.", 2)
         if MODE == "interpolate" and output.suffix.lower() in (".gif", ".webp"):
-            vae.save_animation(images, output)
+            save_animation(images, output)
         else:
             vae.save_grid(images, output, columns)
         print(f"Wrote       {output}")

@@ -8,37 +8,26 @@ Importing this file has no effect of its own: it prints nothing, draws no random
 """
 
 import argparse
-import ctypes
-import errno
 import functools
-import hashlib
 import inspect
 import io
-import itertools
 import math
 import os
 import re
 import reprlib
-import shlex
-import shutil
 import signal
 import sys
-import tempfile
-import time
 import typing
 import warnings
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
-from filelock import FileLock, Timeout
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import distributed, nn
-from torch.utils.data import DataLoader
 from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
@@ -182,67 +171,6 @@ def normalised(convolution):
     """
     convolution.bias.requires_grad_(False)
     return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels), nn.LeakyReLU(inplace=True))
-
-
-# Losses: per image, summed over pixels and latents, so that "bce" or "sigma" plus the KL divergence bounds -log p(x)
-def reconstruction_loss(recon, x, kind):
-    """Loss (B,) of images (B, C, H, W) in [0, 1], summed over pixels, in float32.
-
-    "mse" is the squared error, "ssim" that plus 0.01 (1 - SSIM) for each value of the image, "bce" the binary
-    cross-entropy in nats, "sigma" the calibrated Gaussian in nats.
-    """
-    recon, x = recon.float(), x.float()
-    if kind == "bce":
-        recon = recon.clamp(1e-7, 1 - 1e-7)  # a sigmoid reaches 0 and 1, where the logarithms are infinite
-        return -(x * recon.log() + (1 - x) * (1 - recon).log()).sum((1, 2, 3))
-    squared_error = (recon - x).square().sum((1, 2, 3))
-    if kind == "ssim":
-        return squared_error + 0.01 * x[0].numel() * (1 - structural_similarity(recon, x))
-    return calibrated_nll(squared_error, x[0].numel()) if kind == "sigma" else squared_error
-
-
-def structural_similarity(one, other):
-    """Mean SSIM (B,) of images (B, C, H, W) in [0, 1], over the windows of 8 x 8 pixels, 4 apart, that fit in whole.
-
-    Wang, Bovik, Sheikh & Simoncelli 2004, "Image quality assessment", with its constants: where the squared error asks
-    how far off a pixel is, this asks whether the pattern around it is there, however faint.
-    """
-    mean = functools.partial(nn.functional.avg_pool2d, kernel_size=8, stride=4)
-    mean_one, mean_other = mean(one), mean(other)
-    covariance = mean(one * other) - mean_one * mean_other
-    energy = mean_one.square() + mean_other.square()
-    variances = mean(one.square() + other.square()) - energy
-    luminance = (2 * mean_one * mean_other + 0.01**2) / (energy + 0.01**2)
-    structure = (2 * covariance + 0.03**2) / (variances + 0.03**2)
-    return (luminance * structure).mean((1, 2, 3))
-
-
-def calibrated_nll(squared_error, pixels):
-    """Negative log-likelihood (B,) in nats of errors (B,) under the Gaussian whose variance fits this very batch.
-
-    The analytic decoder variance of sigma-VAE: Rybkin, Daniilidis & Levine 2021, arXiv:2006.13202.
-    """
-    variance = (squared_error.mean() / pixels).clamp_min(1e-8)
-    return 0.5 * (squared_error / variance + pixels * torch.log(2 * math.pi * variance))
-
-
-def kl_per_latent(mu, log_var):
-    """KL(N(mu, exp(log_var)) || N(0, 1)) of each latent, (B, L) -> (B, L), in nats (Kingma & Welling 2014, app. B)."""
-    mu, log_var = mu.float(), log_var.float()
-    return 0.5 * (mu.square() + log_var.exp() - log_var - 1)
-
-
-def kl_divergence(mu, log_var):
-    """KL(N(mu, exp(log_var)) || N(0, I)) of each image, (B, L) -> (B,), in nats: the latents' sum."""
-    return kl_per_latent(mu, log_var).sum(1)
-
-
-def active_units(mu):
-    """Return for each latent (L,) whether the codes mu (N, L) of photos make use of it: their variance is over 0.01.
-
-    Burda, Grosse & Salakhutdinov 2016, arXiv:1509.00519, section 5.2.
-    """
-    return mu.var(0, correction=0) > 0.01
 
 
 def psnr(squared_error, pixels):
@@ -420,101 +348,7 @@ def read_image(photo, channels=CHANNELS, size=None):
         raise UserError(f"{photo} cannot be read as an image ({why}).") from None
 
 
-def decode_photos(photos, names, size, channels):
-    """Return the photos as an array of uint8 (N, size, size, channels), mapped from a file, and the file's path.
-
-    They are decoded only where the file is not there yet, or not whole. What cannot be read is named and left out.
-    Raises UserError where none can be read, or the file cannot be written.
-    """
-    cache, each = cache_path(photos, names, size, channels), size * size * channels
-
-    def is_whole():
-        length = cache.stat().st_size if cache.exists() else 0
-        return length > 0 and length % each == 0
-
-    if not is_whole():
-        with claimed(cache.parent, f"the decoded photos take {len(photos) * each / 1e6:,.2f} MB there", wait=True):
-            if not is_whole():  # another run may have built it meanwhile
-                build_cache(photos, cache, size, channels)
-    return np.memmap(cache, np.uint8, "r").reshape(-1, size, size, channels), cache
-
-
-def cache_path(photos, names, size, channels):
-    """Return where decoded photos are kept; it changes with their names, their files' sizes and times, and the size."""
-
-    def version(path):
-        with suppress(OSError):  # a link to nowhere has none
-            stat = path.stat()
-            return stat.st_size, stat.st_mtime_ns, stat.st_mode  # the mode, as it may have kept a photo from being read
-
-    lines = [f"{name} {version(photo.path)}" for name, photo in zip(names, photos, strict=True)]
-    return Path(f"data/cache/{size}x{size}x{channels}-{digest(lines)}.u8")
-
-
-def digest(lines):
-    """Return a short name (16 hexadecimal digits) of a list of texts, another one for any other list."""
-    return hashlib.sha256("\0".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
-
-
-def cores():
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def build_cache(photos, cache, size, channels):
-    """Decode, scale and crop every photo once, on all cores, into a file of uint8 (N, size, size, channels)."""
-    from tqdm import tqdm  # genpic.py does without
-
-    workers = cores() if cores() > 1 and len(photos) > 256 else 0  # processes: for few photos they start too slowly
-    context = "fork" if workers and sys.platform == "linux" else None  # elsewhere each has to import PyTorch first
-    each, kept = size * size * channels, []
-    with partial_file(cache, len(photos) * each) as partial:
-        if shutil.disk_usage(cache.parent).free < len(photos) * each:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        partial.touch()
-        os.truncate(partial, len(photos) * each)
-        crop = functools.partial(crop_photos, path=partial, size=size, channels=channels)
-        options = {"num_workers": workers, "multiprocessing_context": context, "collate_fn": crop}
-        errors = itertools.chain.from_iterable(DataLoader(list(enumerate(photos)), 16, **options))
-        for k, error in enumerate(tqdm(errors, "Reading photos", len(photos), unit="photo", leave=False, disable=None)):
-            if isinstance(error, OSError):  # of the cache, not of the photo
-                raise error
-            if error:
-                tqdm.write(f"Skipped: {error}")
-            else:
-                kept.append(k)
-        if not kept:
-            raise UserError(f"None of the {len(photos)} photos can be read; the first is {photos[0]}.")
-        if len(kept) < len(photos):  # close the gaps
-            rows = np.memmap(partial, np.uint8, "r+").reshape(-1, each)
-            for place, k in enumerate(kept):
-                rows[place] = rows[k]
-            del rows
-        os.truncate(partial, len(kept) * each)
-
-
-def crop_photos(photos, path, size, channels):
-    """Scale and crop photos, given as pairs (k, Photo), into row k of a file; return the error of each, or None."""
-    errors, crop = [], celeb_transforms(size)[1]
-    with open(path, "r+b") as file:
-        for k, photo in photos:
-            try:
-                pixels = crop(read_image(photo, channels, size)).tobytes()
-                file.seek(k * len(pixels))
-                file.write(pixels)
-                file.flush()
-                errors.append(None)
-            except (UserError, OSError) as error:
-                errors.append(error)
-    return errors
-
-
 # Pictures
-def paired(originals, reconstructions, columns):
-    """Interleave two batches (B, C, H, W) so that a grid of so many columns shows originals over reconstructions."""
-    blank = originals.new_ones(-len(originals) % columns, *originals.shape[1:])  # fills up a short last row
-    rows = [torch.cat([images, blank]).unflatten(0, (-1, columns)) for images in (originals, reconstructions)]
-    return torch.stack(rows, dim=1).flatten(0, 2)
 
 
 def as_picture(image):
@@ -526,11 +360,6 @@ def save_grid(images, path, columns):
     """Save images (B, C, H, W) in [0, 1] as one picture, 2 pixels apart, in the format of the path's ending."""
     grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=1)
     save_picture([as_picture(grid[: images.shape[1]])], path)  # make_grid has made three channels of one
-
-
-def save_animation(images, path):
-    """Save images (B, C, H, W) in [0, 1] as a GIF or WebP that shows them there and back, ten a second, for ever."""
-    save_picture([as_picture(image) for image in torch.cat([images, images[1:-1].flip(0)])], path)
 
 
 def save_picture(frames, path):
@@ -559,50 +388,6 @@ def is_made_here(path):
     except Exception:  # no picture, or a broken one, but somebody's file all the same
         return False
     return MADE_HERE in marks or MADE_HERE.encode() in marks
-
-
-@contextmanager
-def figure(path, width, height):
-    """Yield an empty figure of so many inches in the style of all figures here, and save it."""
-    import matplotlib.figure  # takes a second, so only here
-
-    lines = {"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}
-    frames = dict.fromkeys(["axes.spines.top", "axes.spines.right", "legend.frameon"], False)
-    with matplotlib.rc_context(lines | frames | {"font.size": 9}):
-        drawing = matplotlib.figure.Figure((width, height), layout="constrained")
-        yield drawing
-        with atomic_write(path) as file:
-            drawing.savefig(file, dpi=120)
-
-
-def plot_latents(photos, mu, log_var, active, path):
-    """Draw photos (n, H, W, C) at the places of their codes, the first n of mu (N, L), and the use of each latent.
-
-    The places are those on the first two principal axes of all N codes; `active` (L,) tells which latents are used.
-    """
-    from matplotlib.offsetbox import AnnotationBbox, OffsetImage
-
-    centred = nn.functional.pad(mu - mu.mean(0), (0, 1))  # there are two axes even where there is one latent
-    variances, axes = (part.flip(-1) for part in torch.linalg.eigh(centred.T @ centred))
-    places, shares = centred @ axes[:, :2], variances / variances.sum().clamp_min(1e-12)
-    kl, order = kl_per_latent(mu, log_var).mean(0).sort(descending=True)
-    active = active[order]
-    with figure(path, 11, 5.5) as drawing:
-        left, right = drawing.subplots(1, 2, width_ratios=[1.2, 1])
-        for place, photo in zip(places.tolist(), photos.numpy(), strict=False):
-            thumbnail = OffsetImage(photo.squeeze(), zoom=22 / len(photo), cmap="gray", clim=(0, 255))
-            left.add_artist(AnnotationBbox(thumbnail, place, frameon=False))
-        left.scatter(*places[: len(photos)].T.numpy(), s=0)  # what the axes have to show
-        left.margins(0.07)
-        left.set_xlabel(f"first principal axis of the codes ({shares[0]:.1%} of their variance)")
-        left.set_ylabel(f"second principal axis ({shares[1]:.1%})")
-        for chosen, label, colour in ((active, "active", "C0"), (~active, "unused", "0.7")):
-            if count := chosen.sum().item():
-                positions, heights = 1 + chosen.nonzero().flatten().numpy(), kl[chosen].numpy()
-                right.bar(positions, heights, color=colour, label=f"{count} latents {label}")
-        right.set(xlabel="latents, sorted", ylabel="KL in nats, mean of the validation photos")
-        right.xaxis.get_major_locator().set_params(integer=True)
-        right.legend()
 
 
 def latent_noise(seed, count, latent_dim):
@@ -646,33 +431,6 @@ def atomic_write(path):
         partial.write_bytes(file.getbuffer())
 
 
-@contextmanager
-def claimed(folder, hint, wait=False):
-    """Make a folder, keep other runs out of it, and clear away what a killed run has left half written.
-
-    The claim ends with the process, however that ends. Raises UserError where the folder cannot be written to, with
-    `hint`, or where another run has it, unless told to `wait` for its end.
-    """
-    folder = Path(folder)
-    lock = FileLock(folder / ".lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # not everybody who may open the lock of a folder may write there
-        claim = lock.acquire(timeout=0)
-    except Timeout:
-        if not wait:
-            raise UserError(f"Another run is at work in {folder}: wait for its end, or {hint}.") from None
-        print(f"Another run is writing to {folder}: waiting until it has.", flush=True)
-        claim = lock.acquire()
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written to ({error.strerror}): {hint}.", 2) from None
-    with claim:
-        for half in [*folder.glob(".partial-*"), *folder.glob("progress/.partial-*")]:
-            with suppress(OSError):  # it may be a folder, or gone
-                half.unlink()
-        yield
-
-
 # Checkpoints
 def save_checkpoint(path, model, half=False, **info):
     """Write a model and `info` (tensors and plain Python types) to a file that rebuilds the model by itself.
@@ -690,30 +448,6 @@ def save_checkpoint(path, model, half=False, **info):
     versions = {"torch": str(torch.__version__), "torchvision": torchvision.__version__}
     with atomic_write(path) as file:
         torch.save({"config": model.config, "state_dict": state_dict, "versions": versions, **info}, file)
-
-
-def free_path(path, suffix=""):
-    """Return the first of path + suffix, path-2 + suffix, path-3 + suffix ... that is not there."""
-    endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-    return next(free for end in endings if not (free := path.with_name(f"{path.name}{end}{suffix}")).exists())
-
-
-@functools.cache  # once in a run: from then on the file is its own, as nobody else may write to OUTPUT_DIR
-def keep_previous(path, run_id):
-    """Copy a checkpoint at `path` that another run made to a free name beside it, so that it outlives this run."""
-    if not path.exists():
-        return
-    try:
-        info = load_checkpoint(path)[1]
-    except UserError:
-        info = {}  # not a checkpoint, but somebody's file all the same
-    if info.get("run") == run_id or info.get("resumable") is False:  # nobody will miss the last.pth of a finished run
-        return
-    kept = free_path(path.with_suffix(".previous"), ".pth")
-    with atomic_write(kept) as file:
-        file.write(path.read_bytes())
-    back = shlex.join(["mv", str(kept), str(path)])
-    print(f"{path} was there from another run: kept as {kept} (`{back}` brings it back in place of this run's)")
 
 
 def load_checkpoint(path, device="cpu"):
@@ -834,104 +568,6 @@ def infer_config(state_dict):
     return {"image_size": image_size, "channels": channels, "hidden_dims": hidden_dims, "latent_dim": latent_dim}
 
 
-# Processes: this one alone, or all that torchrun has started, each with its share of every batch
-def rank():
-    """Return the number of this process; number 0 alone prints and writes."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def processes():
-    """Return how many processes train together."""
-    return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def join_processes():
-    """Meet the other processes that torchrun has started, if it started this one, and let number 0 speak for all."""
-    if not distributed.is_torchelastic_launched() or distributed.is_initialized():
-        return
-    if gpus := torch.cuda.device_count():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)  # this is "cuda" from here on
-    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-    distributed.init_process_group(backend, timeout=timedelta(hours=12))  # as long as decoding the photos may take
-    if rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
-
-
-def leave_processes():
-    """Part from the other processes, at the end of a run."""
-    if processes() > 1:
-        time.sleep(0.5)  # gloo's thread needs the interpreter once more; torch 2.11 waits for it without letting go
-        distributed.destroy_process_group()
-
-
-def require_same(text):
-    """Raise UserError where the processes do not have the same text, which tells of their photos."""
-    texts = [text] * processes()
-    if processes() > 1:
-        distributed.all_gather_object(texts, text)
-    if len(set(texts)) > 1:
-        raise UserError(f"The processes see different photos ({', '.join(texts)}): all machines must share the folder.")
-
-
-def summed(tensor):
-    """Return the sum of a tensor over all processes, on the CPU."""
-    tensor = tensor.cpu()
-    if processes() > 1:
-        distributed.all_reduce(tensor)
-    return tensor
-
-
-def share(rows):
-    """Return this process's part, of consecutive rows, of a tensor."""
-    return rows.tensor_split(processes())[rank()]
-
-
-def gathered(part, count):
-    """Put the shares of all processes together again -> (count, ...), on the CPU."""
-    rows = torch.zeros(count, *part.shape[1:])
-    share(rows).copy_(part)
-    return summed(rows)
-
-
-@contextmanager
-def first_process_first():
-    """Let process 0 go through the block before the others, which then find its work done."""
-    if rank():
-        summed(torch.zeros(1))
-    yield
-    if not rank():
-        summed(torch.zeros(1))
-
-
-@contextmanager
-def stop_requests():
-    """Yield a function that tells whether a process got a Ctrl-C or SIGTERM, and which; a second one acts at once."""
-    received = []
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def receive(number, frame):
-        received.append(number)
-        restore()
-        if rank() == 0:
-            with suppress(OSError, RuntimeError):  # of a terminal that is gone, or in the midst of printing
-                print("\nStopping after this step; once more stops at once.", file=sys.stderr)
-
-    def signal_received():
-        """The signal that came, or 0; all processes get the same answer, so that they stop at the same step."""
-        signals = torch.zeros(64)
-        signals[received] = 1
-        return summed(signals).argmax().item()
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signal_received
-    finally:
-        restore()
-
-
 # Scripts: constants as flags, errors as sentences
 class UserError(ValueError):
     """A sentence for the person at the keyboard, and the script's exit code: 2 for a setting that cannot be, else 1."""
@@ -989,7 +625,8 @@ def script(main):
             if not (sentence := explanation(error)):
                 raise
             everywhere = isinstance(error, UserError) or "Another process" in str(sentence)
-            if rank() == 0 or not everywhere:  # else process 0 says the same
+            first = not distributed.is_initialized() or distributed.get_rank() == 0
+            if first or not everywhere:  # else process 0 says the same
                 print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
             raise SystemExit(getattr(error, "code", 1)) from None
         finally:
@@ -1052,23 +689,3 @@ def pick_device(name):
         return probe.device
     except (RuntimeError, AssertionError, ImportError):
         raise UserError(f'DEVICE is {name!r}, which does not work here: it is best left at "auto".', 2) from None
-
-
-@functools.cache
-def has_bfloat16(device_type):
-    """Whether the hardware computes in bfloat16 itself; emulation would be slower than float32."""
-    if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return device_type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
-
-
-def reuse_freed_memory():
-    """Have the C library keep freed memory for the next step instead of handing it back to the system.
-
-    Getting it again, page by page, takes a quarter of a step on a CPU. Only glibc has such a switch.
-    """
-    with suppress(OSError, AttributeError):
-        library = ctypes.CDLL("libc.so.6")
-        library.mallopt(-3, 1 << 30) or library.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; before 2.35 at most 32 MB
-        library.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD

@@ -120,7 +120,7 @@ def plain(paths, settings):
     def step(batch):
         images = torch.stack([vae.celeb_transform(Image.open(photo.path).convert("RGB")) for photo in batch]).to(device)
         recon, mu, log_var = model(images)
-        loss = F.mse_loss(recon, images) + 0.00025 * vae.kl_divergence(mu, log_var).mean() / mu.shape[1]
+        loss = F.mse_loss(recon, images) + 0.00025 * train.kl_divergence(mu, log_var).mean() / mu.shape[1]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -137,7 +137,7 @@ def plain(paths, settings):
 def ours(paths, settings):
     """The functions of train.py: a round is an epoch of photos, and another of one batch repeated from memory."""
     vars(train).update(settings, DATA="the photos", EPOCHS=10**6, FLIP=True)
-    vae.reuse_freed_memory()
+    train.reuse_freed_memory()
     device = pick_device(settings)
     model, optimizer = train.new_model(device)
     photos = train.load_photos(paths, list(map(str, paths)), device)
@@ -234,15 +234,15 @@ def measure_training(paths, settings):
 # Everything else
 def caching(paths, cores):
     """Decoding of photos into the cache by so many cores, in images/s."""
-    vae.cores, cache = lambda: cores, Path(f"cache on {cores}")
+    train.cores, cache = lambda: cores, Path(f"cache on {cores}")
     while True:
         cache.unlink(missing_ok=True)
-        yield len(paths) / seconds(vae.build_cache, paths, cache, vae.IMAGE_SIZE, vae.CHANNELS)
+        yield len(paths) / seconds(train.build_cache, paths, cache, vae.IMAGE_SIZE, vae.CHANNELS)
 
 
 def measure_caching(paths):
     """The cache: images/s on one core and on all."""
-    paths, cores = list(itertools.islice(itertools.cycle(paths), 12_288)), vae.cores()
+    paths, cores = list(itertools.islice(itertools.cycle(paths), 12_288)), train.cores()
     rates = in_turns(one=worker(caching, paths, 1), all=worker(caching, paths, cores))
     return {
         "cache on 1 core, images/s": rates["one"],

@@ -27,6 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import genpic
+import train
 import vae
 
 CHECKPOINT: str = "checkpoints_best/vae_model_20.pth"  # the model to judge
@@ -60,7 +61,7 @@ def descriptor(picture):
 
 def describe(pictures, name):
     """Return the descriptors (N, 128) of pictures (N, H, W, 3), found on all cores."""
-    with ProcessPoolExecutor(vae.cores()) as pool:
+    with ProcessPoolExecutor(train.cores()) as pool:
         found = pool.map(descriptor, pictures, chunksize=8)
         return np.array(list(tqdm(found, name, len(pictures), unit="picture", leave=False, disable=None)))
 

@@ -83,8 +83,8 @@ train.main("--data faces --batch-size 60 --device cpu".split())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has the switch")
 def test_freed_memory_is_used_again():
     program = """
-import resource, torch, vae
-vae.reuse_freed_memory()
+import resource, torch, train
+train.reuse_freed_memory()
 for size in [2**27] + 20 * [2**26, 2**27]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.zeros(size, dtype=torch.uint8).add_(1)

@@ -181,7 +181,7 @@ def test_a_stopped_run_goes_on_as_if_it_never_stopped(whole, monkeypatch, capsys
 
 def test_the_second_ctrl_c_acts_at_once():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # programs in the background ignore it
-    with pytest.raises(KeyboardInterrupt), vae.stop_requests() as stopping:
+    with pytest.raises(KeyboardInterrupt), train.stop_requests() as stopping:
         os.kill(os.getpid(), signal.SIGINT)
         assert stopping() == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
@@ -306,8 +306,8 @@ def test_a_cache_that_cannot_be_written_ends_with_a_sentence(workplace, capsys):
 
 def test_the_room_for_the_cache_is_checked_before_it_is_built(workplace, monkeypatch, capsys):
     draw_faces(workplace / "faces", 41)
-    monkeypatch.setattr(vae.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**5))
-    monkeypatch.setattr(vae, "crop_photos", None)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**5))
+    monkeypatch.setattr(train, "crop_photos", None)
     code, said = refusal(run, capsys)
     assert code == 1 and "cannot be written (No space left on device): it takes 0.13 MB" in said
 
@@ -440,13 +440,13 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(wo
 def test_two_runs_that_want_the_same_cache_decode_it_once(workplace, monkeypatch, fork):
     draw_faces(workplace / "faces", 60)
 
-    def slowly(photos, *size, crop=vae.crop_photos, **sizes):
+    def slowly(photos, *size, crop=train.crop_photos, **sizes):
         with open("decoded", "ab") as file:
             file.write(b"." * len(photos))
         time.sleep(0.2)
         return crop(photos, *size, **sizes)
 
-    monkeypatch.setattr(vae, "crop_photos", slowly)
+    monkeypatch.setattr(train, "crop_photos", slowly)
     runs = [fork(run, "--epochs", "1", "--output-dir", f"out {number}") for number in range(2)]
     for process in runs:
         process.join()
@@ -458,9 +458,9 @@ def test_two_runs_that_want_the_same_cache_decode_it_once(workplace, monkeypatch
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_is_ended_while_processes_decode_can_be_started_again_at_once(workplace, monkeypatch, number, fork):
     draw_faces(workplace / "faces", 300)
-    monkeypatch.setattr(vae, "cores", lambda: 2)
+    monkeypatch.setattr(train, "cores", lambda: 2)
     with monkeypatch.context() as patch:
-        patch.setattr(vae, "crop_photos", lambda *_, **__: time.sleep(12))
+        patch.setattr(train, "crop_photos", lambda *_, **__: time.sleep(12))
         process = fork(run, "--epochs", "1")
         wait_for(Path("data/cache/.lock"))
         time.sleep(1)
@@ -480,8 +480,8 @@ def test_processes_that_decode_end_with_a_run_that_is_killed(workplace, monkeypa
         time.sleep(0.2)
         return [None] * len(photos)
 
-    monkeypatch.setattr(vae, "cores", lambda: 2)
-    monkeypatch.setattr(vae, "crop_photos", slowly)
+    monkeypatch.setattr(train, "cores", lambda: 2)
+    monkeypatch.setattr(train, "crop_photos", slowly)
     process = fork(run, "--epochs", "1")
     while len(workers := [path.name.split()[1] for path in workplace.glob("worker *")]) < 2:
         assert process.is_alive()
@@ -505,7 +505,7 @@ def test_a_cache_whose_making_was_killed_is_made_anew(workplace, monkeypatch, fo
         os.kill(os.getpid(), signal.SIGKILL)
 
     with monkeypatch.context() as patch:
-        patch.setattr(vae, "crop_photos", die)
+        patch.setattr(train, "crop_photos", die)
         fork(run, "--epochs", "1").join()
     assert len(list(Path("data/cache").glob(".partial-*"))) == 1
     run("--epochs", "1")

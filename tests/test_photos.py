@@ -325,7 +325,7 @@ def test_an_archive_in_the_folder_counts_as_the_photos_in_it(workplace, capsys):
 
 
 def test_many_photos_of_an_archive_are_decoded_by_processes(workplace, monkeypatch):
-    monkeypatch.setattr(vae, "cores", lambda: 2)
+    monkeypatch.setattr(train, "cores", lambda: 2)
     draw_faces(workplace / "faces", 270)
     zipped("many.zip", *sorted(map(str, Path("faces").glob("*.jpg"))))
     assert np.array_equal(decoded("many.zip", 16, 3), decoded("faces", 16, 3))

@@ -30,7 +30,7 @@ def finish_epoch(model, *more):
     finish(model, *more)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     epochs.append((list(seen), state))
-    torch.save(epochs, f"{train.OUTPUT_DIR}/{vae.rank()}.pt")
+    torch.save(epochs, f"{train.OUTPUT_DIR}/{train.rank()}.pt")
     seen.clear()
 
 train.train_step, train.finish_epoch = train_step, finish_epoch
@@ -106,11 +106,11 @@ def test_process_0_alone_prints(runs):
 
 def test_shares_are_consecutive_and_come_together_again(monkeypatch):
     rows, parts = torch.randn(7, 2), []
-    monkeypatch.setattr(vae, "processes", lambda: 3)
+    monkeypatch.setattr(train, "processes", lambda: 3)
     for number in range(3):
-        monkeypatch.setattr(vae, "rank", lambda number=number: number)
-        monkeypatch.setattr(vae, "summed", lambda tensor: tensor)
-        parts.append(vae.gathered(vae.share(rows), 7))
+        monkeypatch.setattr(train, "rank", lambda number=number: number)
+        monkeypatch.setattr(train, "summed", lambda tensor: tensor)
+        parts.append(train.gathered(train.share(rows), 7))
     assert torch.equal(sum(parts), rows)
 
 
@@ -180,7 +180,7 @@ def test_what_cannot_be_is_said_once(folder, flags, sentence):
     ("device", "gpus", "sentence"), [("auto", 1, "2 processes for 1 GPUs"), ("cuda:0", 2, "DEVICE")]
 )
 def test_processes_need_a_gpu_each(monkeypatch, capsys, device, gpus, sentence):
-    monkeypatch.setattr(vae, "processes", lambda: 2)
+    monkeypatch.setattr(train, "processes", lambda: 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     code, said = refusal(train.main, capsys, ["--device", device])

@@ -69,8 +69,8 @@ def test_every_photo_of_a_large_folder_is_there_in_order(tmp_path, monkeypatch):
 
 
 def test_a_decoder_that_is_killed_ends_with_a_sentence(workplace, monkeypatch, capsys):
-    monkeypatch.setattr(vae, "crop_photos", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-    monkeypatch.setattr(vae, "cores", lambda: 2)
+    monkeypatch.setattr(train, "crop_photos", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(train, "cores", lambda: 2)
     draw_faces(workplace / "faces", 257)
     code, said = refusal(run, capsys)
     assert code == 1 and "A process that decodes photos has been ended" in said
@@ -84,11 +84,11 @@ def test_cache_follows_the_photos(tmp_path, monkeypatch):
     for change in [*changes, lambda: setattr(train, "IMAGE_SIZE", 16)]:
         change()
         train.DATA = "faces"
-        keys.add(vae.cache_path(*train.find_photos(), train.IMAGE_SIZE, 3))
+        keys.add(train.cache_path(*train.find_photos(), train.IMAGE_SIZE, 3))
     assert len(keys) == 4
     folder.rename(tmp_path / "moved")
     train.DATA = str(tmp_path / "moved")
-    assert vae.cache_path(*train.find_photos(), 16, 3) in keys
+    assert train.cache_path(*train.find_photos(), 16, 3) in keys
 
 
 def test_split_is_disjoint_and_drawn_by_the_seed(monkeypatch):
@@ -102,7 +102,7 @@ def test_split_is_disjoint_and_drawn_by_the_seed(monkeypatch):
     assert not torch.equal(train.split_photos(1000)[0], trained)
     train.VAL_FRACTION = 0.99
     assert len(train.split_photos(3)[0]) == 2
-    monkeypatch.setattr(vae, "processes", lambda: 3)
+    monkeypatch.setattr(train, "processes", lambda: 3)
     assert len(train.split_photos(7)[0]) == 6
 
 
@@ -160,8 +160,8 @@ def test_a_step_is_that_of_the_formulas(kind, flip, count, monkeypatch):
     model, images, step, progress = vae.VAE(16, 1, [4], 3), torch.rand(6, 1, 16, 16), 77, 0.25
     other = copy.deepcopy(model)
     number, others = (0, 0) if count == 6 else (1, 1)  # the other process, if any, has the rest of the batch
-    monkeypatch.setattr(vae, "processes", lambda: 1 + others)
-    monkeypatch.setattr(vae, "rank", lambda: number)
+    monkeypatch.setattr(train, "processes", lambda: 1 + others)
+    monkeypatch.setattr(train, "rank", lambda: number)
     sums = train.train_step(model, torch.optim.SGD(model.parameters(), lr=123.0), images, count, step, progress)
 
     torch.manual_seed(train.seed_of(b"step", step, number))
@@ -171,7 +171,7 @@ def test_a_step_is_that_of_the_formulas(kind, flip, count, monkeypatch):
         images = torch.where(mirrored, images.flip(3), images)
     mu, log_var = other.encode(images)
     recon = other.decode(mu + torch.exp(log_var / 2) * torch.randn_like(mu))
-    reconstruction, kl = vae.reconstruction_loss(recon, images, kind), vae.kl_divergence(mu, log_var)
+    reconstruction, kl = train.reconstruction_loss(recon, images, kind), train.kl_divergence(mu, log_var)
     loss = reconstruction + 0.5 * (1 if kind == "sigma" else 0.132) * kl
     (loss.sum() / count * (1 + others)).backward()
     torch.testing.assert_close(sums, torch.stack([loss.sum(), reconstruction.sum(), kl.sum(), torch.tensor(6.0)]))
@@ -229,7 +229,7 @@ def test_validation_does_not_depend_on_batches(kind):
         mu, log_var = model.encode(x)
         recon = model.decode(mu)
     expected = (
-        vae.reconstruction_loss(recon, x, kind).mean() + train.kl_weight(1) * vae.kl_divergence(mu, log_var).mean()
+        train.reconstruction_loss(recon, x, kind).mean() + train.kl_weight(1) * train.kl_divergence(mu, log_var).mean()
     )
     for train.BATCH_SIZE in (11, 4, 5):
         figures, *codes = train.evaluate(model, photos, torch.arange(11), CPU)
@@ -451,7 +451,7 @@ def test_photos_that_do_not_suffice(tmp_path, monkeypatch, capsys):
     assert code == 1 and "There are 2 readable photos" in said
     draw_faces(tmp_path / "faces", 6)
     with monkeypatch.context() as patch, pytest.raises(vae.UserError, match="needs at least 6 to train on and 1 to va"):
-        patch.setattr(vae, "processes", lambda: 3)
+        patch.setattr(train, "processes", lambda: 3)
         load_photos("faces", 32)
     (tmp_path / "faces").rename(tmp_path / "other")
     (tmp_path / "faces").mkdir()

@@ -14,6 +14,8 @@ from faces import draw_face
 from PIL import Image
 from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
 
+import genpic
+import train
 import vae
 from vae import VAE, load_checkpoint, read_image, save_checkpoint
 
@@ -119,7 +121,7 @@ def test_codes_images_and_losses_are_float32_under_autocast():
     model, x = VAE(16, 1, [4], 3), torch.rand(2, 1, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
         recon, mu, log_var = model(x)
-        assert {recon.dtype, mu.dtype, log_var.dtype, vae.kl_divergence(mu, log_var).dtype} == {torch.float32}
+        assert {recon.dtype, mu.dtype, log_var.dtype, train.kl_divergence(mu, log_var).dtype} == {torch.float32}
         assert model.fc_mu(model.encoder(x).flatten(1)).dtype == torch.bfloat16
 
 
@@ -136,7 +138,7 @@ def test_extreme_log_var_never_reaches_the_decoder():
         torch.nn.init.constant_(model.fc_var.bias, extreme)
         for mode in (model.train(), model.eval()):
             recon, mu, log_var = mode(torch.rand(4, 1, 16, 16))
-            figures = [recon, vae.kl_divergence(mu, log_var), mode.reparameterize(mu, log_var), log_var]
+            figures = [recon, train.kl_divergence(mu, log_var), mode.reparameterize(mu, log_var), log_var]
             assert all(figure.isfinite().all() for figure in figures)
 
 
@@ -174,18 +176,18 @@ def test_kl_divergence_is_that_of_torch():
     mu, log_var = torch.randn(5, 7), torch.randn(5, 7)
     normal, posterior = Normal(torch.zeros(5, 7), 1.0), Normal(mu, torch.exp(0.5 * log_var))
     expected = kl_divergence(Independent(posterior, 1), Independent(normal, 1))
-    torch.testing.assert_close(vae.kl_divergence(mu, log_var), expected)
+    torch.testing.assert_close(train.kl_divergence(mu, log_var), expected)
 
 
 def test_reconstruction_losses_are_sums_per_image():
     recon, x = torch.rand(4, 3, 8, 8) * 0.9 + 0.05, torch.rand(4, 3, 8, 8)
     squared = ((recon - x) ** 2).flatten(1).sum(1)
-    torch.testing.assert_close(vae.reconstruction_loss(recon, x, "mse"), squared)
+    torch.testing.assert_close(train.reconstruction_loss(recon, x, "mse"), squared)
     entropy = -(x * recon.log() + (1 - x) * (1 - recon).log()).flatten(1).sum(1)
-    torch.testing.assert_close(vae.reconstruction_loss(recon, x, "bce"), entropy)
+    torch.testing.assert_close(train.reconstruction_loss(recon, x, "bce"), entropy)
     sigma = ((recon - x) ** 2).mean().sqrt()
     likelihood = Independent(Normal(recon, sigma), 3).log_prob(x)
-    torch.testing.assert_close(vae.reconstruction_loss(recon, x, "sigma"), -likelihood)
+    torch.testing.assert_close(train.reconstruction_loss(recon, x, "sigma"), -likelihood)
 
 
 def test_structural_similarity_is_that_of_the_paper():
@@ -199,17 +201,17 @@ def test_structural_similarity_is_that_of_the_paper():
             luminance = (2 * x.mean() * y.mean() + 1e-4) / (x.mean() ** 2 + y.mean() ** 2 + 1e-4)
             found.append(luminance * (2 * xy + 9e-4) / (xx + yy + 9e-4))
     expected = torch.stack(found).reshape(3, -1).mean(1).float()
-    torch.testing.assert_close(vae.structural_similarity(one, other), expected)
-    torch.testing.assert_close(vae.structural_similarity(one, one), torch.ones(3))
-    losses = vae.reconstruction_loss(other, one, "mse") + 0.01 * one[0].numel() * (1 - expected)
-    found = vae.reconstruction_loss(other, one, "ssim")
+    torch.testing.assert_close(train.structural_similarity(one, other), expected)
+    torch.testing.assert_close(train.structural_similarity(one, one), torch.ones(3))
+    losses = train.reconstruction_loss(other, one, "mse") + 0.01 * one[0].numel() * (1 - expected)
+    found = train.reconstruction_loss(other, one, "ssim")
     torch.testing.assert_close(found, losses)
     torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), other) for loss in (found, losses)))
 
 
 def test_sigma_is_the_best_weight_there_is():
     recon, x = torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8)
-    best = vae.reconstruction_loss(recon, x, "sigma").mean()
+    best = train.reconstruction_loss(recon, x, "sigma").mean()
     sigma = ((recon - x) ** 2).mean().sqrt()
     for other in (0.9 * sigma, 1.1 * sigma):
         assert -Independent(Normal(recon, other), 3).log_prob(x).mean() > best
@@ -218,10 +220,10 @@ def test_sigma_is_the_best_weight_there_is():
 def test_losses_are_computed_in_float32_inside_and_outside_autocast():
     recon, x = torch.rand(2, 3, 8, 8).bfloat16(), torch.rand(2, 3, 8, 8).bfloat16()
     for kind in ("mse", "ssim", "bce", "sigma"):
-        expected = vae.reconstruction_loss(recon.float(), x.float(), kind)
-        assert torch.equal(vae.reconstruction_loss(recon, x, kind), expected)
+        expected = train.reconstruction_loss(recon.float(), x.float(), kind)
+        assert torch.equal(train.reconstruction_loss(recon, x, kind), expected)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(vae.reconstruction_loss(recon, x, kind), expected)
+            assert torch.equal(train.reconstruction_loss(recon, x, kind), expected)
 
 
 def test_psnr():
@@ -267,7 +269,7 @@ def test_marginal_kl_is_that_of_the_fitted_prior_from_n_0_i():
 
 def test_active_units_vary_with_the_photo():
     spread = torch.tensor([0.05, 0.09, 0.11, 2.0])
-    assert vae.active_units(torch.randn(5000, 4) * spread + 7).tolist() == [False, False, True, True]
+    assert train.active_units(torch.randn(5000, 4) * spread + 7).tolist() == [False, False, True, True]
 
 
 @pytest.mark.parametrize(("count", "latent_dim", "channels"), [(1, 5, 3), (2, 1, 1), (30, 5, 1)])
@@ -276,7 +278,7 @@ def test_a_picture_of_the_latent_space_is_drawn_for_any_number_of_photos(tmp_pat
     photos = torch.randint(0, 256, (min(count, 10), 16, 16, channels), dtype=torch.uint8)
     pytest.importorskip("matplotlib.offsetbox")  # whose own imports may warn
     with warnings.catch_warnings(action="error"):
-        vae.plot_latents(photos, mu, torch.zeros(count, latent_dim), active, tmp_path / "latent_space.png")
+        train.plot_latents(photos, mu, torch.zeros(count, latent_dim), active, tmp_path / "latent_space.png")
     assert Image.open(tmp_path / "latent_space.png").size == (1320, 660)
 
 
@@ -331,7 +333,7 @@ def test_grids(tmp_path):
     grid = Image.open(tmp_path / "new folder" / "grid.png")
     assert grid.mode == "L" and grid.size == (3 * 12 + 2, 2 * 12 + 2)
     assert grid.getpixel((5, 5)) == 0 and grid.getpixel((17, 17)) == 255 and grid.getpixel((17, 5)) == 64
-    pairs = vae.paired(images, images + 10, columns=3)
+    pairs = genpic.paired(images, images + 10, columns=3)
     assert pairs[:, 0, 0, 0].tolist() == [0, 0.25, 0.5, 10, 10.25, 10.5, 0.75, 1, 1, 10.75, 11, 1]
 
 
