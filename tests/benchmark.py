@@ -2,31 +2,26 @@
 
     python tests/benchmark.py                       # on drawn faces: five minutes on two cores
     python tests/benchmark.py --photos FOLDER       # on photos; every constant below is a flag
-    python tests/benchmark.py --json                # one object for programs: its "ratio" is ours / plain
 
 "plain" is float32 in PyTorch's own memory layout, batches of 16, every JPEG decoded in the loop in every epoch, and
 loss.item() after every step. "ours" are the functions of train.py. Both train the VAE of vae.py, each in a process of
-its own. What is compared runs in turns, and figures are medians of all rounds after the first (RssAnon: of one run).
+its own. All work in turns, and figures are medians of all rounds after the first (RssAnon: of one run).
 """
 
-import itertools
 import json
-import os
-import re
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import chdir, redirect_stdout, suppress
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from faces import draw_face
 from PIL import Image
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -34,56 +29,53 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import genpic
 import train
 import vae
+from vae import HIDDEN_DIMS, IMAGE_SIZE, UserError, require
 
 PHOTOS: str = ""  # folder of photos; without one, faces are drawn
 COUNT: int = 512  # photos in an epoch of ours; raise it to 20480 on a GPU, where these are over in no time
+CACHED: int = 12_000  # photos that are decoded into the cache, and on which the memory of train.py is measured
 BATCH_SIZE: int = 16  # photos in a step of ours; raise it to 256 on a GPU
+MATRIX: int = 2048  # side of the matrices that are multiplied; raise it to 8192 on a GPU
 COMPILE: str = "auto"  # as in train.py
-DEVICE: str = "auto"  # as in train.py
-ROUNDS: int = 7  # repetitions after the first
-JSON: bool = False  # print one JSON object instead of lines
-
-ROOT = Path(train.__file__).parent
+DEVICE: str = "auto"  # "auto", "cuda" or "cpu"
+ROUNDS: int = 7  # repetitions after the first, which alone counts if there are none
+JSON: bool = False  # print one JSON object, whose "ratio" is ours / plain, instead of lines
 
 
-# Workers: processes that work in turns
-def serve(rounds, pipe, *arguments):
-    """Answer every request with what the generator `rounds` yields next."""
+# Processes that work in turns
+def serve(pipe, rounds, settings):
+    """Answer every request with what the generator `rounds` yields next; an error is printed and ends the process."""
     sys.stdout = sys.stderr  # what train.py prints is not part of the result
-    figures = rounds(*arguments)
+    globals().update(settings)
+    vars(train).update(settings)
     with suppress(EOFError, KeyboardInterrupt):  # the asker is gone, or tells
-        while True:
+        pipe.recv()
+        for figures in rounds():
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
+            memory = torch.cuda.max_memory_allocated() or resident  # 0 unless it computes there
+            pipe.send(figures | {f"{rounds.__name__}, peak memory, MB": memory / 1e6})
             pipe.recv()
-            pipe.send(next(figures))
 
 
-def worker(rounds, *arguments):
-    """Start a process in which the generator `rounds` works; return a function that asks for its next figures."""
+def worker(rounds, settings):
+    """Yield the figures of the generator `rounds`, which works in a process of its own."""
     context = get_context("spawn")
     here, there = context.Pipe()
-    context.Process(target=serve, args=(rounds, there, *arguments)).start()
+    context.Process(target=serve, args=(there, rounds, settings), daemon=True).start()
     there.close()
-
-    def ask():
+    while True:
         try:
             here.send("next")
-            return here.recv()
-        except (EOFError, BrokenPipeError):
-            raise vae.UserError("A process that was to be measured has ended, as its message above tells.") from None
-
-    return ask
+            yield here.recv()
+        except (EOFError, OSError):
+            raise UserError(f"The process that measures `{rounds.__name__}` has failed, see above.") from None
 
 
-def in_turns(**asks):
-    """Ask each function for figures, a dict or a number, in turns; return {name: medians} without the first round."""
-    rounds = [{name: ask() for name, ask in asks.items()} for _ in range(ROUNDS + 1)][1:]
-    results = {}
-    for name, first in rounds[0].items():
-        if isinstance(first, dict):
-            results[name] = {key: statistics.median(figures[name][key] for figures in rounds) for key in first}
-        else:
-            results[name] = statistics.median(figures[name] for figures in rounds)
-    return results
+def in_turns(*parts):
+    """Ask all generators for figures {name: number}, ROUNDS + 1 times; return medians without the first round."""
+    turns = zip(range(ROUNDS + 1), *parts, strict=False)
+    rounds = [{name: figure for part in turn for name, figure in part.items()} for _, *turn in turns]
+    return {name: statistics.median(figures[name] for figures in rounds[min(1, ROUNDS) :]) for name in rounds[0]}
 
 
 def seconds(function, *arguments):
@@ -95,246 +87,144 @@ def seconds(function, *arguments):
     return time.perf_counter() - start
 
 
-def pick_device(settings):
-    """Return the device to measure on, as the current one."""
-    device = vae.pick_device(settings["DEVICE"])
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
+# What is measured, and on what
+def put_photos(folder):
+    """Put photos into folders in `folder`: links to those of PHOTOS, over again if need be, or to drawn faces."""
+    sources = [photo.path.absolute() for photo in vae.find_photos(PHOTOS) if photo.member is None] if PHOTOS else []
+    require(Path(PHOTOS).is_dir() and (sources or not PHOTOS), "PHOTOS", PHOTOS, "a folder with photos")
+    for seed in range(0 if PHOTOS else min(COUNT, 2048)):
+        sources.append(folder / f"{seed}.jpg")
+        draw_face(seed, size=(178, 218)).save(sources[-1], quality=95)
+    for name, count in {"photos": COUNT, f"{CACHED // 4}": CACHED // 4, f"{CACHED}": CACHED}.items():
+        (folder / name).mkdir()
+        for number in range(count):
+            (folder / name / f"{number}.jpg").symlink_to(sources[number % len(sources)])
 
 
-def peak_memory(device):
-    """The most memory that this process has held, in MB: of the GPU if it computes there."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1) / 1e6
-
-
-# Training
-def plain(paths, settings):
+def plain():
     """The loop that people write first: a round is 128 photos."""
-    device = pick_device(settings)
-    model = vae.VAE().to(device)
+    device = vae.pick_device(DEVICE)
+    model = vae.VAE(IMAGE_SIZE, hidden_dims=HIDDEN_DIMS).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-
-    def step(batch):
-        images = torch.stack([vae.celeb_transform(Image.open(photo.path).convert("RGB")) for photo in batch]).to(device)
-        recon, mu, log_var = model(images)
-        loss = F.mse_loss(recon, images) + 0.00025 * train.kl_divergence(mu, log_var).mean() / mu.shape[1]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        loss.item()
-
-    def steps():
-        for start in range(0, 128, 16):
-            step(paths[start : start + 16])
-
+    transform = vae.photo_transform(IMAGE_SIZE)
+    photos = vae.find_photos("photos")[:128]
     while True:
-        yield {"rate": 128 / seconds(steps), "memory": peak_memory(device)}
+        begin = time.perf_counter()
+        for start in range(0, len(photos), 16):
+            pictures = [Image.open(photo.path).convert("RGB") for photo in photos[start : start + 16]]
+            images = torch.stack(list(map(transform, pictures))).to(device)
+            recon, mu, log_var = model(images)
+            loss = torch.nn.functional.mse_loss(recon, images) + 0.00025 * train.kl_divergence(mu, log_var).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()
+        yield {"plain, images/s": len(photos) / (time.perf_counter() - begin)}
 
 
-def ours(paths, settings):
-    """The functions of train.py: a round is an epoch of photos, and another of one batch repeated from memory."""
-    vars(train).update(settings, DATA="the photos", EPOCHS=10**6, FLIP=True)
+def ours():
+    """The functions of train.py: a round is an epoch on photos, and another on one batch repeated from memory."""
     train.reuse_freed_memory()
-    device = pick_device(settings)
-    model, optimizer = train.new_model(device)
-    photos = train.load_photos(paths, list(map(str, paths)), device)
-    train_set, val_set = (part.to(photos.device) for part in train.split_photos(len(photos)))
-    train_set = train_set[: len(train_set) // train.BATCH_SIZE * train.BATCH_SIZE]
-    network, load_batches = train.compiled(model, device, train.BATCH_SIZE), train.load_batches
-    batch = next(load_batches(photos, [train_set[: train.BATCH_SIZE]], device))
-    codes, waited = torch.randn(256, train.LATENT_DIM, device=device), []
-
-    def timed(*arguments):
-        batches = load_batches(*arguments)
-        while True:
-            start = time.perf_counter()
-            images = next(batches, None)
-            waited.append(time.perf_counter() - start)
-            if images is None:
-                return
-            yield images
-
-    @torch.inference_mode()
-    def generate():
-        genpic.decode(model, codes).cpu()
-
-    def repeated(photos, batches, device):
-        return (batch for _ in batches)
+    run = train.new_run({}, train.set_up_device())
+    run.train_set = run.train_set[: len(run.train_set) // BATCH_SIZE * BATCH_SIZE]
+    if COMPILE == "yes" or (COMPILE == "auto" and run.device.type == "cuda"):
+        run.model.compile(dynamic=False)
+    load_images = train.load_images
+    one_batch = load_images(run.photos, run.train_set[:BATCH_SIZE], run.device)
 
     def epoch(source):
-        train.load_batches = source
-        run = {"epoch": 0, "step": 0, "sums": [0.0] * 4}
-        return seconds(train.train_epoch, network, optimizer, photos, train_set, run, lambda: 0)
+        train.load_images = source
+        vars(run).update(step=0, sums=[0.0] * 4)
+        return train.train_epoch(run, run.model)
 
-    def validation_psnr(amp):
-        train.AMP = amp
-        return train.evaluate(model, photos, val_set, device)["val_psnr"]
-
-    order = [timed, repeated]
     while True:
-        waited.clear()
-        order.reverse()
-        duration = {source: epoch(source) for source in order}
-        train.load_batches = load_batches
-        model.eval()
-        yield {
-            "rate": len(train_set) / duration[timed],
-            "memory": peak_memory(device),
-            "waiting": sum(waited) / duration[timed],
-            "against_memory": duration[timed] / duration[repeated],
-            "psnr_float32": validation_psnr(False),
-            "psnr_bfloat16": validation_psnr(True),
-            "generation": len(codes) / seconds(generate),
-        }
+        from_memory = epoch(lambda *_: one_batch)
+        rate = epoch(load_images)
+        figures = {"ours, images/s": rate, "epoch on photos / on one batch in memory": from_memory / rate}
+        loading = (len(load_images(run.photos, batch, run.device)) for batch in train.batches_of(run.train_set, 0))
+        figures["loading photos, share of an epoch"] = seconds(list, loading) * rate / len(run.train_set)
+        run.model.eval()
+        psnr = []
+        for train.AMP in (False, True):
+            psnr.append(train.evaluate(run, *train.encode(run, run.val_set))["val_psnr"])
+        figures["validation PSNR in bfloat16 - in float32, dB"] = psnr[1] - psnr[0]
+        generation = seconds(torch.inference_mode()(genpic.decode), run.model, genpic.noise(run.model, 256))
+        yield figures | {"generation, images/s": 256 / generation}
 
 
-def products(settings):
-    """Products of square matrices, in GFLOP/s."""
-    device = pick_device(settings)
-    side = 8192 if device.type == "cuda" else 2048
+def products():
+    """Products of square matrices, of which the machine cannot make more."""
+    device = vae.pick_device(DEVICE)
+    matrices = [torch.randn(MATRIX, MATRIX, device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
     while True:
-        figures = {}
-        for dtype in (torch.bfloat16, torch.float32):
-            matrix = torch.randn(side, side, device=device, dtype=dtype)
-            figures[str(dtype)[6:]] = 2e-9 * side**3 / seconds(torch.mm, matrix, matrix)
-        yield figures
+        yield {f"{a.dtype} product, GFLOP/s": 2e-9 * MATRIX**3 / seconds(torch.mm, a, a) for a in matrices}
 
 
-def measure_training(paths, settings):
-    """Training: images/s, what they are of what the machine can do, waiting, memory, precision."""
-    results = in_turns(
-        plain=worker(plain, paths, settings), ours=worker(ours, paths, settings), product=worker(products, settings)
-    )
-    plain_loop, own, product = results["plain"], results["ours"], results["product"]
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        sum(output.sum() for output in vae.VAE()(torch.rand(1, 3, 150, 150))).backward()
-    gflop = counter.get_total_flops() / 1e9
-    return {
-        "plain, images/s": plain_loop["rate"],
-        "ours, images/s": own["rate"],
-        "ratio": own["rate"] / plain_loop["rate"],
-        "arithmetic, GFLOP/image": gflop,
-        "bfloat16 product, GFLOP/s": product["bfloat16"],
-        "float32 product, GFLOP/s": product["float32"],
-        "ours / bfloat16 product": own["rate"] * gflop / product["bfloat16"],
-        "ours / float32 product": own["rate"] * gflop / product["float32"],
-        "epoch on photos / on one batch in memory": own["against_memory"],
-        "share of an epoch spent waiting for photos": own["waiting"],
-        "20 epochs of CelebA (162,770 photos) at that rate, minutes": 20 * 162_770 / own["rate"] / 60,
-        "plain, peak memory, MB": plain_loop["memory"],
-        "ours, peak memory, MB": own["memory"],
-        "validation PSNR in bfloat16 - in float32, dB": own["psnr_bfloat16"] - own["psnr_float32"],
-        "generation, images/s": own["generation"],
-    }
-
-
-# Everything else
-def caching(paths, cores):
-    """Decoding of photos into the cache by so many cores, in images/s."""
-    train.cores, cache = lambda: cores, Path(f"cache on {cores}")
+def caching():
+    """Decoding into the cache, on one core, which is that of this process, and on all."""
+    photos = vae.find_photos(str(CACHED))
     while True:
-        cache.unlink(missing_ok=True)
-        yield len(paths) / seconds(train.build_cache, paths, cache, vae.IMAGE_SIZE, vae.CHANNELS)
+        one = seconds(train.build_cache, photos, Path("cache"), 0)
+        more = seconds(train.build_cache, photos, Path("cache"), torch.get_num_threads())
+        figures = {"cache on 1 core, images/s": CACHED / one, "cache on all cores, images/s": CACHED / more}
+        yield figures | {"cache on all cores / on 1": one / more}
 
 
-def measure_caching(paths):
-    """The cache: images/s on one core and on all."""
-    paths, cores = list(itertools.islice(itertools.cycle(paths), 12_288)), train.cores()
-    rates = in_turns(one=worker(caching, paths, 1), all=worker(caching, paths, cores))
-    return {
-        "cache on 1 core, images/s": rates["one"],
-        f"cache on {cores} cores, images/s": rates["all"],
-        "cache on all cores / on one": rates["all"] / rates["one"],
-    }
+def starting():
+    """`python genpic.py` against what any script with its checkpoint has to do."""
+    vae.save_checkpoint(genpic.CHECKPOINT, vae.VAE(IMAGE_SIZE, hidden_dims=HIDDEN_DIMS))
+    bare = ["-c", f"import torch, torchvision; torch.load({genpic.CHECKPOINT!r}, weights_only=True)"]
+    while True:
+        one = seconds(run_python, bare)
+        whole = seconds(run_python, [genpic.__file__, "--image", "photos"])
+        figures = {"imports and checkpoint, s": one, "genpic.py, s": whole}
+        yield figures | {"genpic.py / imports and checkpoint": whole / one}
 
 
-def anonymous_memory(count):
-    """The most anonymous memory (RssAnon, MB) that `python train.py` holds on so many photos; Linux alone tells."""
-    folder = Path(f"{count} photos")
-    folder.mkdir()
-    draw_face(0).save("face.jpg")
-    for number in range(count):
-        os.link("face.jpg", folder / f"{number}.jpg")
-    flags = f"--epochs 1 --hidden-dims 4 4 4 4 4 --latent-dim 8 --output-dir {count}".split()
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", "--data", folder, *flags], stdout=subprocess.DEVNULL)
+def run_python(arguments):
+    """Run Python to its end; return the most anonymous memory that it held (RssAnon, MB), 0 if no system tells."""
+    process = subprocess.Popen([sys.executable, *arguments], stdout=sys.stderr)
+    status = Path(f"/proc/{process.pid}/status")
     most = 0.0
     while process.poll() is None:
-        held = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
-        most = max(most, int(held[1]) * 1024 / 1e6 if held else 0)
-        time.sleep(0.02)
+        held = status.read_text().partition("RssAnon:")[2].split() if status.exists() else []
+        most = max(most, int(held[0]) * 1.024e-3 if held else 0)
+        time.sleep(0.01)
     if process.returncode:
-        raise vae.UserError("train.py, of which the memory was to be measured, failed as its message above tells.")
+        raise UserError(f"{arguments[0]} has failed, see above.")
     return most
 
 
-def measure_memory():
-    """Memory: what 9,000 photos more cost, where the system tells."""
-    if not Path("/proc/self/status").exists():
-        return {}
-    few, many = anonymous_memory(3000), anonymous_memory(12_000)
-    return {"RssAnon with 3,000 photos, MB": few, "with 12,000, MB": many, "growth, MB": many - few}
-
-
-def measure_starting():
-    """Starting: `python genpic.py` against what any script of torch and torchvision has to do."""
-    vae.save_checkpoint("checkpoints_best/vae_model_20.pth", vae.VAE())
-    Path("data/tested_data").mkdir(parents=True)
-    draw_face(1, size=(178, 218)).save("data/tested_data/face.jpg")
-    imports = "import torch, torchvision"
-    bare = f"{imports}; torch.load('checkpoints_best/vae_model_20.pth', weights_only=True)"
-
-    def process(*command):
-        run = [sys.executable, *command]
-        return lambda: seconds(lambda: subprocess.run(run, check=True, stdout=subprocess.DEVNULL))
-
-    times = in_turns(imports=process("-c", imports), bare=process("-c", bare), genpic=process(ROOT / "genpic.py"))
-    return {
-        "python -c 'import torch, torchvision', s": times["imports"],
-        "the same and reading the checkpoint, s": times["bare"],
-        "python genpic.py, s": times["genpic"],
-        "genpic.py / imports": times["genpic"] / times["imports"],
-        "genpic.py / imports and reading the checkpoint": times["genpic"] / times["bare"],
-    }
-
-
-def find_photos(folder):
-    """Return COUNT photos: those of PHOTOS, over again if need be, or faces drawn into `folder`."""
-    drawn = [Path(folder, f"{seed}.jpg") for seed in range(min(COUNT, 2048))]
-    paths = [photo.path for photo in vae.find_photos(PHOTOS)] if PHOTOS else drawn
-    vae.require(paths, "PHOTOS", PHOTOS, "a folder with photos")
-    for seed, path in enumerate([] if PHOTOS else paths):
-        draw_face(seed, size=(178, 218)).save(path, quality=95)
-    return [vae.Photo(path.absolute()) for path in itertools.islice(itertools.cycle(paths), COUNT)]
-
-
-@vae.script
 def main(argv=None):
     """Measure, and print a line per figure or all of them as JSON."""
-    settings = vae.override_constants(globals(), argv)
-    settings = {name: settings[name] for name in ("BATCH_SIZE", "COMPILE", "DEVICE")}
+    settings = vae.parse_flags(globals(), argv) | {"DATA": "photos", "EPOCHS": 1}
     vars(train).update(settings)
     train.check_settings()
-    pick_device(settings)
-    least = max(128, 3 * BATCH_SIZE)
-    vae.require(least <= COUNT, "COUNT", COUNT, f"at least {least}: 128, and three batches")
-    vae.require(ROUNDS >= 1, "ROUNDS", ROUNDS, "at least 1")
-    figures, here = {}, Path.cwd()
+    require(2 * BATCH_SIZE <= COUNT, "COUNT", COUNT, f"at least {2 * BATCH_SIZE}, two batches")
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        vae.VAE(IMAGE_SIZE, hidden_dims=HIDDEN_DIMS)(torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE))[0].sum().backward()
+    gflop = counter.get_total_flops() / 1e9
     with tempfile.TemporaryDirectory() as folder:
-        paths = find_photos(folder)
-        os.chdir(folder)
-        parts = [lambda: measure_training(paths, settings), lambda: measure_caching(paths), measure_memory]
-        for part in [*parts, measure_starting]:
-            new = part()
-            figures |= new
-            for name, figure in new.items() if not JSON else ():
-                print(f"{name:60} {figure:10.3f}", flush=True)
-        os.chdir(here)
-    if JSON:
-        print(json.dumps(figures))
+        put_photos(Path(folder))
+        with chdir(folder), redirect_stdout(sys.stderr):
+            train.load_photos(torch.device("cpu"))  # writes the cache: a worker may start no processes for that
+            figures = in_turns(worker(plain, settings), worker(ours, settings), products(), caching(), starting())
+            flags = f"--epochs 1 --image-size {IMAGE_SIZE} --hidden-dims 4 4 4 4 4 --latent-dim 8 --data".split()
+            for count in (CACHED // 4, CACHED):
+                figures[f"train.py on {count:,} photos, RssAnon, MB"] = run_python([train.__file__, *flags, str(count)])
+    rate = figures["ours, images/s"]
+    figures |= {
+        "ratio": rate / figures["plain, images/s"],
+        "arithmetic, GFLOP/image": gflop,
+        "ours / bfloat16 product": rate * gflop / figures["torch.bfloat16 product, GFLOP/s"],
+        "ours / float32 product": rate * gflop / figures["torch.float32 product, GFLOP/s"],
+    }
+    lines = (f"{name:50} {figure:10.3f}" for name, figure in figures.items())
+    print(json.dumps(figures) if JSON else "\n".join(lines))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"benchmark.py: {error}")

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-import sys
+import signal
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,18 +20,32 @@ import vae
 ROOT = Path(__file__).parent.parent
 SMALL = (
     "--image-size=32 --hidden-dims 8 16 --latent-dim=8 --batch-size=8 --learning-rate=0.01 --device=cpu "
-    "--reconstruction=mse"  # of which so small a model learns the most in a few steps
+    "--reconstruction=mse"  # from which so small a model learns most in a few steps
 ).split()
 TRAINED = "checkpoints_best/vae_model_8.pth"
 
 
-@pytest.fixture(autouse=True)
-def untouched_constants():
-    """Put back the constants of the scripts that a test has changed."""
+@contextmanager
+def untouched_scripts():
+    """Put back what the block changes in the scripts: constants, and how they react to signals."""
     before = [(module, dict(vars(module))) for module in (train, genpic)]
-    yield
-    for module, constants in before:
-        vars(module).update(constants)
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield
+    finally:
+        for module, values in before:
+            vars(module).update(values)
+        for number, handler in handlers:
+            signal.signal(number, handler)
+        train.stop_signals.clear()
+        vae.open_container.cache_clear()  # tests use the same relative names
+
+
+@pytest.fixture(autouse=True)
+def untouched():
+    """Each test finds the scripts as they are in their files."""
+    with untouched_scripts():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -39,9 +53,9 @@ def trained(tmp_path_factory):
     """A folder in which train.py has run: faces/, data/cache/ and TRAINED."""
     folder = tmp_path_factory.mktemp("trained")
     draw_faces(folder / "faces", 40)
-    with pytest.MonkeyPatch.context() as patch:
+    with untouched_scripts(), pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        train.main(["--data", "faces", "--epochs", "8", *SMALL])
+        run("--epochs", "8")
     return folder
 
 
@@ -53,26 +67,6 @@ def workplace(trained, tmp_path, monkeypatch):
     return tmp_path / "copy"
 
 
-@pytest.fixture
-def unprivileged(workplace):
-    """That copy, used by somebody who may not do everything, as root may."""
-    if sys.platform == "win32":
-        pytest.skip("has other permissions")
-    if is_root := os.geteuid() == 0:
-        for path in [workplace, *workplace.rglob("*")]:
-            os.chown(path, 65534, 65534)
-        for folder in workplace.parents[:3]:  # pytest's own
-            folder.chmod(0o711)
-        os.seteuid(65534)
-    try:
-        if not os.access(ROOT / "vae.py", os.R_OK, effective_ids=is_root):
-            pytest.skip("needs scripts that everybody may read")
-        yield workplace
-    finally:
-        if is_root:
-            os.seteuid(0)
-
-
 def run(*flags):
     """Train the small model on the drawn faces in the current folder."""
     train.main(["--data", "faces", *SMALL, *flags])
@@ -81,6 +75,14 @@ def run(*flags):
 def generate(*flags):
     """Generate with the small model in the current folder, from the first of the drawn faces."""
     genpic.main(["--checkpoint", TRAINED, "--image", "faces", "--device", "cpu", *flags])
+
+
+def refusal(call, *flags):
+    """Call a script with flags that it must refuse; return the sentence, which is one line."""
+    with pytest.raises(vae.UserError) as error:
+        call(*flags)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def same_weights(one, other):
@@ -100,13 +102,3 @@ def files_of_at_most(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def refusal(call, capsys, *flags):
-    """Call a script with flags that it must refuse; return its exit code and the one line it says."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        call(*flags)
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "Traceback" not in said, said
-    return stop.value.code, said

@@ -1,23 +1,18 @@
 """How good the pictures of a model are: by photos that it has not seen, and by a face recogniser.
 
-    python tests/judge.py --photos FOLDER       # of checkpoints_best/vae_model_20.pth; every constant below is a flag
-
-Needs what nothing else here does, best in an environment of its own:
-
-    pip install -r requirements.txt scikit-image dlib-bin face-recognition-models "setuptools<81"
+    pip install -r requirements.txt scikit-image dlib-bin face-recognition-models    # in an environment of its own
+    python tests/judge.py --photos FOLDER    # judges checkpoints_best/vae_model_20.pth; every constant below is a flag
 
 A face is found where dlib's frontal detector finds one in the picture at twice its size. Faces are told apart by dlib's
 128 numbers (descriptors): less than 0.6 apart, they are taken for one person. The Frechet distance is that of the
 Gaussians of two sets of descriptors (Heusel et al. 2017, arXiv:1706.08500, with dlib's network in Inception's place).
 """
 
+import functools
 import math
 import sys
-import warnings
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
-from importlib.util import find_spec
-from itertools import combinations
+from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
@@ -27,138 +22,118 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import genpic
-import train
 import vae
+from vae import UserError, require
 
 CHECKPOINT: str = "checkpoints_best/vae_model_20.pth"  # the model to judge
-PHOTOS: str = (
-    ""  # folder of photos that it has not been trained on: some 900, as fewer make the Frechet distance larger
-)
+PHOTOS: str = ""  # folder of photos that it was not trained on: some 900, as fewer make the Frechet distance larger
 VARIED: int = 20  # of these photos, so many get ten variations for each W
 
 
-@cache
+@functools.cache
 def recogniser():
     """Return dlib's face detector, its landmarks and its descriptors, once in a process."""
     import dlib
 
-    with warnings.catch_warnings(action="ignore"):  # of the way in which it finds its own files
-        import face_recognition_models
-
-    landmarks = dlib.shape_predictor(face_recognition_models.pose_predictor_model_location())
-    descriptors = dlib.face_recognition_model_v1(face_recognition_models.face_recognition_model_location())
+    models = distribution("face-recognition-models").locate_file("face_recognition_models/models")
+    landmarks = dlib.shape_predictor(f"{models}/shape_predictor_68_face_landmarks.dat")
+    descriptors = dlib.face_recognition_model_v1(f"{models}/dlib_face_recognition_resnet_model_v1.dat")
     return dlib.get_frontal_face_detector(), landmarks, descriptors
 
 
 def descriptor(picture):
     """Return the descriptor (128,) of the largest face in a picture (H, W, 3) of uint8, NaN where none is found."""
     detector, landmarks, descriptors = recogniser()
-    if not (faces := detector(picture, 1)):
+    faces = detector(picture, 1)
+    if not faces:
         return np.full(128, np.nan)
     face = max(faces, key=lambda rectangle: rectangle.area())
     return np.array(descriptors.compute_face_descriptor(picture, landmarks(picture, face)))
 
 
-def describe(pictures, name):
-    """Return the descriptors (N, 128) of pictures (N, H, W, 3), found on all cores."""
-    with ProcessPoolExecutor(train.cores()) as pool:
+def describe(images, name):
+    """Images (N, 3, H, W) -> pictures (N, H, W, 3) of uint8 and their descriptors (N, 128), found on all cores."""
+    pictures = np.stack([np.asarray(vae.to_picture(image)) for image in images])
+    with ProcessPoolExecutor(torch.get_num_threads()) as pool:
         found = pool.map(descriptor, pictures, chunksize=8)
-        return np.array(list(tqdm(found, name, len(pictures), unit="picture", leave=False, disable=None)))
-
-
-def pictures_of(images):
-    """Images (N, 3, H, W) in [0, 1] -> pictures (N, H, W, 3) of uint8."""
-    return np.stack([np.asarray(vae.as_picture(image)) for image in images])
-
-
-def share_found(descriptors):
-    """Return in how many of the pictures a face was found, in percent."""
-    return 100 * (1 - np.isnan(descriptors[..., 0]).mean())
+        return pictures, np.array(list(tqdm(found, name, len(pictures), leave=False, disable=None)))
 
 
 def distance(one, other):
-    """Return the mean distance between descriptors (..., 128), of those pairs in which both faces were found."""
-    return np.nanmean(np.linalg.norm(one - other, axis=-1))
+    """Return the mean distance between descriptors (..., 128), of the pairs with two faces; NaN if there is none."""
+    distances = np.linalg.norm(one - other, axis=-1)
+    known = distances[~np.isnan(distances)]
+    return known.mean() if known.size else math.nan
 
 
 def frechet_distance(one, other):
-    """Return the Frechet distance of the Gaussians of two sets of descriptors (N, 128), (M, 128).
-
-    It is NaN where a set has too few faces for a covariance.
-    """
+    """Return the Frechet distance of the Gaussians of descriptors (N, D), (M, D); NaN unless each has over D faces."""
     one, other = (torch.from_numpy(those[~np.isnan(those[:, 0])]) for those in (one, other))
     if min(len(one), len(other)) <= one.shape[1]:
         return math.nan
-    covariances = torch.cov(one.T), torch.cov(other.T)
+    covariances = [torch.cov(one.T), torch.cov(other.T)]
     root = torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum()  # the trace of the matrix' root
     means = (one.mean(0) - other.mean(0)).square().sum()
     return (means + covariances[0].trace() + covariances[1].trace() - 2 * root).item()
 
 
-def likeness(photos, reconstructions):
-    """Return the PSNR in dB, pooled over all pictures (N, H, W, 3), and the mean SSIM (Wang et al. 2004)."""
-    from skimage.metrics import structural_similarity
-
-    squared_error = np.square((photos / 255.0) - (reconstructions / 255.0)).sum()
-    options = {"channel_axis": 2, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    pairs = zip(photos, reconstructions, strict=True)
-    return vae.psnr(squared_error, photos.size), np.mean([structural_similarity(*pair, **options) for pair in pairs])
+def judge_faces(found):
+    """Print what the descriptors {name: (N, 128)} tell of photos, reconstructions and samples."""
+    said = ", ".join(f"{100 * np.isfinite(these[:500, 0]).mean():.1f} % of {name}" for name, these in found.items())
+    print(f"Faces       found, of at most 500 each, in {said}")
+    photos, recon, samples, _ = found.values()
+    halves = frechet_distance(photos[::2], photos[1::2])
+    said = f"reconstructions {frechet_distance(recon, photos):.4f}, samples {frechet_distance(samples, photos):.4f}"
+    print(f"Frechet     distance from the photos: {said}; of one half of the photos from the other {halves:.4f}")
+    people, people_too = (distance(these, np.roll(these, 1, axis=0)) for these in (photos, recon))
+    print(f"Person      {distance(photos, recon):.3f} from a photo to its reconstruction")
+    print(f"            {people:.3f} between photos of two people, {people_too:.3f} between reconstructions of two")
 
 
 def judge_variations(model, mu, originals):
     """Print for each W how far ten variations of a photo are from each other, and from its reconstruction."""
     noise = genpic.noise(model, 10 * len(mu)).split(10)
     for w in genpic.SWEEP[1:]:
-        codes = [genpic.perturb(model, code, None, eps, w) for code, eps in zip(mu.split(1), noise, strict=True)]
-        pictures = pictures_of(genpic.decode(model, torch.cat(codes)))
-        found = describe(pictures, f"W = {w:g}").reshape(len(mu), 10, 128)
-        values = pictures.reshape(len(mu), 10, -1).astype(float)
-        apart = [np.sqrt(np.square(values[:, i] - values[:, j]).mean(1)) for i, j in combinations(range(10), 2)]
-        print(
-            f"W = {w:<8g}{np.mean(apart):.1f} grey levels between two variations, "
-            f"{distance(found, originals[:, None]):.3f} from the reconstruction"
-        )
+        codes = [genpic.perturb(model, code, eps, w) for code, eps in zip(mu.split(1), noise, strict=True)]
+        pictures, found = describe(genpic.decode(model, torch.cat(codes)), f"W = {w:g}")
+        moved = distance(found.reshape(len(mu), 10, -1), originals[:, None])
+        values = torch.from_numpy(pictures.reshape(len(mu), 10, -1)).float()
+        levels = torch.stack([torch.pdist(these) for these in values]).mean() / math.sqrt(values.shape[2])
+        print(f"W = {w:<8g}{levels:.1f} grey levels between two variations, {moved:.3f} from the reconstruction")
 
 
-@vae.script
 @torch.inference_mode()
 def main(argv=None):
     """Reconstruct the photos, draw as many samples, vary some of the photos, and print what comes of it."""
-    vae.override_constants(globals(), argv)
-    vae.require(PHOTOS, "PHOTOS", PHOTOS, "a folder of photos")  # "" would be the folder one stands in
-    vae.require(VARIED >= 1, "VARIED", VARIED, "at least 1")
-    if missing := [name for name in ("dlib", "face_recognition_models", "skimage") if not find_spec(name)]:
-        raise vae.UserError(f"There is no {missing[0]}: the first lines of this script tell what to install.")
+    vae.parse_flags(globals(), argv)
+    require(PHOTOS, "PHOTOS", PHOTOS, "a folder of photos")  # "" would be the folder one stands in
+    require(VARIED >= 1, "VARIED", VARIED, "at least 1")
+    try:
+        recogniser()
+        from skimage.metrics import structural_similarity
+    except ImportError as error:
+        raise UserError(f"There is no {error.name}: the first lines of this script tell what to install.") from None
     model, _ = vae.load_checkpoint(CHECKPOINT)
-    vae.require(model.config["channels"] == 3, "CHECKPOINT", CHECKPOINT, "a model of colour pictures")
-    images = torch.cat([image for _, image in genpic.readable_photos(model, PHOTOS, "PHOTOS")])
+    require(model.config["channels"] == 3, "CHECKPOINT", CHECKPOINT, "a model of colour pictures")
+    images = torch.cat([image for _, image in genpic.load_photos(model, PHOTOS, crop=[])])
+    require(len(images) > 1, "PHOTOS", PHOTOS, "a folder of several photos")
     mu = torch.cat([model.encode(part)[0] for part in images.split(64)])
     noise = genpic.noise(model, len(images))
-    drawn = {
-        "photos": images,
-        "reconstructions": genpic.decode(model, mu),
-        "samples": genpic.decode(model, model.draw_latents(noise)),
-        "samples of N(0, I)": genpic.decode(model, noise[:500]),
-    }
-    pictures = {name: pictures_of(these) for name, these in drawn.items()}
-    found = {name: describe(these, name) for name, these in pictures.items()}
-    photos, reconstructions = found["photos"], found["reconstructions"]
-    others, others_too = np.roll(photos, 1, axis=0), np.roll(reconstructions, 1, axis=0)
-
-    psnr, ssim = likeness(pictures["photos"], pictures["reconstructions"])
+    codes = {"reconstructions": mu, "samples": model.draw_latents(noise), "samples of N(0, I)": noise[:500]}
+    drawn = {"photos": images} | {name: genpic.decode(model, these) for name, these in codes.items()}
+    described = {name: describe(these, name) for name, these in drawn.items()}
+    pairs = described["photos"][0], described["reconstructions"][0]
+    psnr = vae.psnr(np.square(pairs[0] / 255.0 - pairs[1] / 255.0).sum(), pairs[0].size)
+    windows = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    ssim = np.mean([structural_similarity(*pair, channel_axis=2, **windows) for pair in zip(*pairs, strict=True)])
     print(f"Likeness    of {len(images)} reconstructions: PSNR {psnr:.2f} dB, SSIM {ssim:.3f}")
-    shares = ", ".join(f"{share_found(these[:500]):.1f} % of {name}" for name, these in found.items())
-    print(f"Faces       found, of at most 500 each, in {shares}")
-    frechet = {name: frechet_distance(found[name], photos) for name in ("reconstructions", "samples")}
-    halves = frechet_distance(photos[::2], photos[1::2])
-    distances = ", ".join(f"{name} {value:.4f}" for name, value in frechet.items())
-    print(f"Frechet     distance from the photos: {distances}; of one half of the photos from the other {halves:.4f}")
-    print(f"Person      {distance(photos, reconstructions):.3f} from a photo to its reconstruction")
-    print(f"            {distance(photos, others):.3f} between photos of two people", end=", ")
-    print(f"{distance(reconstructions, others_too):.3f} between reconstructions of two")
+    judge_faces({name: found for name, (_, found) in described.items()})
     chosen = torch.linspace(0, len(images) - 1, min(VARIED, len(images))).long()
-    judge_variations(model, mu[chosen], reconstructions[chosen.numpy()])
+    judge_variations(model, mu[chosen], described["reconstructions"][1][chosen.numpy()])
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"judge.py: {error}")

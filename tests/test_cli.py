@@ -1,0 +1,129 @@
+"""The commands that people type: errors, signals, flags, and what they print."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL, refusal
+from faces import draw_faces
+from PIL import Image
+
+import genpic
+import train
+import vae
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with copies of the three scripts and photos to train on."""
+    for name in ("vae.py", "train.py", "genpic.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    draw_faces(tmp_path / "data/train", 40)
+    return tmp_path
+
+
+def start(folder, *command):
+    """Start a script in a folder, in a process group of its own, as a shell does."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it would be ignored
+    return subprocess.Popen([sys.executable, *command], cwd=folder, **pipes)
+
+
+def python(folder, *command):
+    """Run a script in a folder; return what it wrote to stdout and stderr, and its exit code."""
+    process = start(folder, *command)
+    return *process.communicate(), process.returncode
+
+
+def test_from_photos_to_the_grid(folder):
+    said, *outcome = python(folder, "train.py", *SMALL, "--epochs", "3", "--output-dir", "my runs")
+    assert outcome == ["", 0] and said.count("images/s") == 3
+    assert python(folder, *shlex.split(re.search("\nNext +python (.*)", said)[1]), "--image=data/train")[1:] == ("", 0)
+    assert Image.open(folder / "generated_images_grid2.jpg").size == (6 * 34 + 2, 2 * 34 + 2)
+
+
+@pytest.mark.parametrize("script", ["train.py", "genpic.py"])
+def test_an_error_is_a_line_wrong_flags_give_the_usage_and_a_bug_a_traceback(script, folder):
+    shutil.rmtree(folder / "data")
+    _, complaints, code = python(folder, script)
+    assert (code, complaints.count("\n")) == (1, 1) and complaints.startswith(f"{script}: ")
+    _, complaints, code = python(folder, script, "--see", "3")
+    assert code == 2 and complaints.startswith("usage: ")
+    (folder / script).write_text((ROOT / script).read_text().replace("    check_settings()\n", "    [].pop()\n"))
+    _, complaints, code = python(folder, script)
+    assert code == 1 and complaints.startswith("Traceback") and "IndexError" in complaints
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_run_and_the_printed_command_continues_it(number, code, folder):
+    process = start(folder, "train.py", *SMALL, "--epochs", "1000", "--output-dir", "my runs")
+    assert any("Epoch  2/1000" in line for line in process.stdout)
+    process.send_signal(number)
+    said, complaints = process.communicate(timeout=60)
+    assert process.returncode == code and complaints == "\nStopping after this step; once more stops at once.\n"
+    epoch, command = re.search(r"Stopped     in epoch (\d+)\. To continue: python (.*)\n$", said).groups()
+    again = start(folder, *shlex.split(command))
+    assert any(f"Resuming    after {int(epoch) - 1} of 1000 epochs" in line for line in again.stdout)
+    assert any(f"Epoch {int(epoch):2d}/1000" in line for line in again.stdout)
+    os.killpg(again.pid, signal.SIGKILL)
+
+
+def test_ctrl_c_while_photos_are_read_ends_without_a_traceback(folder):
+    Image.effect_noise((1500, 1500), 50).save(folder / "noise.png")
+    for number in range(400):
+        (folder / f"data/train/{number}.png").symlink_to(folder / "noise.png")
+    process = start(folder, "train.py", *SMALL)
+    while process.poll() is None and not any(path.stat().st_size for path in folder.glob("data/cache/.*.tmp")):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal tells all processes
+    assert process.communicate(timeout=60) == ("", "") and process.returncode == 130
+
+
+@pytest.mark.parametrize("script", [train, genpic])
+def test_every_constant_is_a_flag_with_its_comment_and_default(script, capsys):
+    source = "".join((ROOT / f"{module.__name__}.py").read_text() for module in (vae, script))
+    comments = dict(re.findall(r"^([A-Z_]+): .*? = .*?  # (.*)$", source, re.MULTILINE))
+    constants = [name for name in comments if hasattr(script, name)]
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    said = "".join(capsys.readouterr().out.split())  # in any width of the terminal
+    assert said.count("(default:") == len(constants) > 10
+    for name in constants:
+        text = f"{comments[name]} (default: {getattr(script, name)})".replace(" ", "")
+        assert f"--{name.lower().replace('_', '-')}" in said and text in said, name
+
+
+def test_a_constant_added_to_the_script_is_a_flag(folder):
+    source = (ROOT / "train.py").read_text()
+    added = source.replace("\nEPOCHS: ", "\nWEIGHT_DECAY: float = 0.0  # pulls the weights to 0\nEPOCHS: ")
+    (folder / "train.py").write_text(added)
+    assert python(folder, "train.py", *SMALL, "--epochs=1", "--weight-decay=0.5")[1:] == ("", 0)
+    assert vae.load_checkpoint(folder / "checkpoints_best/last.pth")[1]["constants"]["WEIGHT_DECAY"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "flags",
+    "--epochs 0, --batch-size 1, --learning-rate nan, --beta -1, --val-fraction 1, --seed -1, --reconstruction l1, "
+    "--kl-warmup-epochs 21, --device tpu, --image-size 8, --channels 2, --hidden-dims 8 0".split(", "),
+)
+def test_constants_that_cannot_be_are_refused_before_anything_is_written(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = flags.split()[0].removeprefix("--").replace("-", "_").upper()
+    assert refusal(train.main, flags.split()).startswith(f"{name} is ") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif((ROOT / "checkpoints_best/last.pth").exists(), reason="a run has left its own model there")
+def test_the_first_command_varies_a_face(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    genpic.main(["--output", str(tmp_path / "grid.jpg")])
+    grid = np.asarray(Image.open(tmp_path / "grid.jpg"), float)[2:, 2:].reshape(2, 152, 6, 152, 3)
+    photo, reconstruction, *variations = grid.swapaxes(1, 2)[:, :, :150, :150].reshape(12, -1)
+    assert 3 < np.sqrt(2 * np.var(variations, axis=0, ddof=1).mean()) < 15  # grey levels from one to another
+    assert np.sqrt(np.square(photo - reconstruction).mean()) < 12

@@ -1,0 +1,48 @@
+"""What needs a CUDA GPU."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TRAINED, run
+
+import train
+import vae
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.mark.parametrize("compiled", ["yes", "no"])
+def test_a_run_learns_and_resumes(compiled, workplace):
+    flags = ["--device", "cuda", "--compile", compiled, "--epochs", "8", "--output-dir", "cuda"]
+    train.stop_signals.append(signal.SIGINT)  # as if Ctrl-C came in the first step
+    with pytest.raises(SystemExit):
+        run(*flags)
+    train.stop_signals.clear()
+    run(*flags, "--resume")
+    first, *_, last = vae.load_checkpoint("cuda/last.pth")[1]["position"]["history"]
+    assert last["epoch"] == 8 and last["train_loss"] < 0.75 * first["train_loss"]
+
+
+def test_photos_go_to_the_gpu_if_they_fit_and_bfloat16_gives_the_same_psnr(workplace, monkeypatch):
+    train.DATA, train.IMAGE_SIZE = "faces", 32
+    model, _ = vae.load_checkpoint(TRAINED, "cuda")
+    device = model.latent_mean.device
+    photos = train.load_photos(device)
+    run = train.Run(model, None, device, photos, *train.split_photos(len(photos)), {})
+    exact, rounded = [train.evaluate(run, *train.encode(run, run.val_set))["val_psnr"] for train.AMP in (False, True)]
+    assert rounded == pytest.approx(exact, abs=0.05) and (rounded != exact) == train.has_bfloat16(device)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (photos.nbytes, 0))
+    assert photos.is_cuda and not train.load_photos(device).is_cuda
+
+
+def test_memory_that_runs_out_is_a_sentence(workplace):
+    limit = (
+        "import runpy, sys, torch; torch.cuda.set_per_process_memory_fraction(0.001); sys.path.insert(0, sys.argv[1])"
+    )
+    script = "; del sys.argv[0]; sys.argv[0] += '/train.py'; runpy.run_path(sys.argv[0], run_name='__main__')"
+    flags = ["--data", "faces", "--device", "cuda", "--image-size", "256", "--compile", "no"]
+    done = subprocess.run([sys.executable, "-c", limit + script, ROOT, *flags], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("train.py: The GPU has too little memory")

@@ -1,0 +1,210 @@
+"""Runs that are killed, stopped, starved of disk or diverge: nothing is lost, and each goes on where it can."""
+
+import math
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TRAINED, files_of_at_most, refusal, run, same_weights, untouched_scripts
+from faces import draw_face, draw_faces
+
+import train
+import vae
+
+in_linux = pytest.mark.skipif(sys.platform != "linux", reason="starts processes by fork")
+RUN = ["--no-resume", "--epochs", "3", "--kl-warmup-epochs", "2", "--reconstruction", "ssim"]  # 5 steps each
+
+
+@pytest.fixture(scope="module")
+def whole(trained, tmp_path_factory):
+    """The OUTPUT_DIR of a run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with untouched_scripts(), pytest.MonkeyPatch.context() as patch:
+        patch.chdir(trained)
+        run(*RUN, "--output-dir", str(out))
+    return out
+
+
+@pytest.fixture
+def fork():
+    """A function that starts a call in a process of its own, which has imported everything already."""
+    processes = []
+
+    def start(call, *flags):
+        processes.append(multiprocessing.get_context("fork").Process(target=call, args=flags))
+        processes[-1].start()
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
+def wait_for(path, process):
+    """Wait until a process has written a file."""
+    while not path.exists():
+        assert process.exitcode is None
+        time.sleep(0.001)
+
+
+def history(out):
+    """Return the figures of all epochs in last.pth, but for the speed, which is never the same."""
+    return [{**row, "images_per_second": 0} for row in vae.load_checkpoint(out / "last.pth")[1]["position"]["history"]]
+
+
+def assert_same_run(one, other):
+    """See that two folders hold the same run, bit for bit, and nothing half written."""
+    pictures = [{path.name: path.read_bytes() for path in out.rglob("*.png")} for out in (one, other)]
+    assert pictures[0] == pictures[1]
+    files = [{path.relative_to(out) for path in out.rglob("*")} for out in (one, other)]
+    assert files[0] == files[1]
+    for name in ("last.pth", "vae_model_3.pth"):
+        assert same_weights(one / name, other / name)
+    assert history(one) == history(other)
+    moments = [vae.load_checkpoint(out / "last.pth")[1]["optimizer"]["state"] for out in (one, other)]
+    assert all(torch.equal(moments[0][k][name], moments[1][k][name]) for k in moments[0] for name in moments[0][k])
+
+
+@in_linux
+@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_at_any_moment_goes_on_as_if_it_never_was(workplace, whole, kills, fork):
+    count = 0
+    for seed in range(kills):
+        dice = random.Random(seed)
+        out = Path(f"killed {seed}")
+        process = fork(run, *RUN, "--output-dir", str(out))
+        wait_for(out / dice.choice(["last.pth", "history.csv", "progress/epoch_02_samples.png"]), process)
+        time.sleep(dice.random() / 3)
+        process.kill()
+        process.join()
+        count += process.exitcode == -signal.SIGKILL
+        run(*RUN, "--output-dir", str(out), "--resume")
+        assert_same_run(out, whole)
+    print(f"\nCount: {count} kills at random moments survived")
+    assert count
+
+
+def run_and_die(number, *flags):
+    """Train, and kill this process when it has written its file of that number and not yet put it in its place."""
+    files = []
+    os.fsync = lambda file: files.append(file) or len(files) < number or os.kill(os.getpid(), signal.SIGKILL)
+    run(*flags)
+
+
+@in_linux
+@pytest.mark.parametrize("number", [1, 2, 4, 7])  # the first last.pth, the first checkpoint, a picture, last.pth
+def test_what_a_killed_run_leaves_half_written_is_removed_by_the_next(workplace, whole, number, fork):
+    fork(run_and_die, number, *RUN, "--output-dir", "killed").join()
+    assert len(list(Path("killed").rglob(".*.tmp"))) == 1
+    run(*RUN, "--output-dir", "killed", *(["--resume"] if number > 1 else []))
+    assert_same_run(Path("killed"), whole)
+
+
+def signal_in_step(monkeypatch, at, number, times=1):
+    """Have this process get a signal, once or more often, during the step of that number."""
+    step = train.train_step
+
+    def interrupted(*args, **kwargs):
+        for _ in range(times if args[3] == at else 0):
+            os.kill(os.getpid(), number)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+
+
+@pytest.mark.parametrize(("at", "number"), [(0, 2), (4, 2), (7, signal.SIGTERM), (14, 2)])
+def test_a_stopped_run_goes_on_as_if_it_never_stopped(workplace, whole, monkeypatch, capsys, at, number):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["train.py", "--data", "my faces"])
+        signal_in_step(patch, at, number)
+        run(*RUN, "--output-dir", "parts")
+    assert stop.value.code == 128 + number
+    sentence = f"Stopped     in epoch {at // 5 + 1}. To continue: python train.py --data 'my faces' --resume"
+    assert sentence in capsys.readouterr().out
+    train.stop_signals.clear()
+    run(*RUN, "--output-dir", "parts", "--resume")
+    assert f"after {at // 5} of 3 epochs and {at % 5 + 1} steps of the next" in capsys.readouterr().out
+    assert_same_run(Path("parts"), whole)
+
+
+def test_the_second_ctrl_c_acts_at_once(workplace, monkeypatch):
+    signal_in_step(monkeypatch, at=3, number=signal.SIGINT, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        run("--epochs", "8", "--output-dir", "out")
+    assert vae.load_checkpoint("out/last.pth")[1]["position"]["step"] == 0
+
+
+def test_resuming_a_finished_run_changes_nothing_and_its_photos_may_have_moved(workplace, capsys):
+    before = {path: path.read_bytes() for path in workplace.glob("checkpoints_best/*.*")}
+    shutil.move("faces", "moved")
+    run("--data", "moved", "--epochs", "8", "--resume", "--no-amp")
+    assert "Done        The weights of epoch" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in workplace.glob("checkpoints_best/*.*")} == before
+
+
+def test_a_run_does_not_go_on_with_other_settings_or_photos(workplace):
+    said = refusal(run, "--resume", "--epochs", "3", "--batch-size", "4", "--hidden-dims", "8", "4")
+    for change in ("BATCH_SIZE was 8 and is 4", "EPOCHS was 8 and is 3", "HIDDEN_DIMS was [8, 16] and is [8, 4]"):
+        assert change in said
+    draw_face(99).save("faces/face 000.jpg")
+    assert refusal(run, "--resume", "--epochs", "8").count("40 photos, checksum") == 2
+    draw_faces(Path("faces"), 41)
+    assert "is 41 photos" in refusal(run, "--resume", "--epochs", "8")
+
+
+def test_nothing_to_resume(workplace):
+    assert "There is no out/last.pth" in refusal(run, "--resume", "--output-dir", "out")
+    assert not Path("out").exists()
+    Path("out").mkdir()
+    shutil.copy(TRAINED, "out/last.pth")
+    assert "is not the last.pth of a run" in refusal(run, "--resume", "--output-dir", "out", "--epochs", "8")
+
+
+@in_linux
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(workplace, fork):
+    process = fork(run, "--epochs", "100000", "--output-dir", "shared")
+    wait_for(Path("shared/history.csv"), process)
+    assert "shared cannot be written to (another run is at work in it)" in refusal(run, "--output-dir", "shared")
+    process.kill()
+    process.join()
+    run("--epochs", "1", "--output-dir", "shared")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
+@pytest.mark.parametrize("size, file", [(99_000, "u8"), (127_000, "vae_model_8.pth"), (300_000, "last.pth")])
+def test_a_full_disk_ends_the_run_with_a_sentence_and_old_files_stay_whole(workplace, size, file):
+    draw_faces(Path("faces"), 41 if file == "u8" else 0)  # the photos take 126 kB
+    before = [path.read_bytes() for path in workplace.rglob("*.pth")]
+    with files_of_at_most(size):
+        assert f"{file} cannot be written (File too large)" in refusal(run, "--epochs", "8")
+    after = [path.read_bytes() for path in workplace.rglob("*.pth")]
+    assert all(content in after for content in before)
+    assert not list(workplace.rglob(".*.tmp"))
+    if file == "last.pth":
+        run("--epochs", "8", "--resume")
+        assert same_weights("checkpoints_best/last.pth", "checkpoints_best/previous-1/last.pth")
+
+
+@pytest.mark.parametrize(("place", "flags"), [("file", ["--output-dir", "file/out"]), ("data", [])])
+def test_folders_that_cannot_be_written_to(workplace, place, flags):
+    shutil.rmtree("data")
+    Path(place).touch()
+    assert re.search(f"{place}/.* cannot be written", refusal(run, *flags))
+
+
+@pytest.mark.parametrize("at", [10, 14])
+def test_a_run_that_diverges_keeps_its_last_good_weights(workplace, whole, monkeypatch, at):
+    step = train.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", lambda *args: step(*args) * (math.inf if args[3] == at else 1))
+        assert "The loss at step 5 of epoch 3 is not finite" in refusal(run, *RUN, "--output-dir", "diverged")
+    run(*RUN, "--output-dir", "diverged", "--resume")
+    assert_same_run(Path("diverged"), whole)
