@@ -22,7 +22,7 @@ from vae import UserError, require
 
 CHECKPOINT: str = "checkpoints_best/vae_model_20.pth"  # the model, as train.py leaves it
 IMAGE: str = "data/tested_data"  # a photo; or a folder, .zip or .npy: its first photo ("reconstruct" takes all of them)
-CROP: list[int] = []  # left, top and size in pixels of the square of IMAGE to use; if empty, the largest in the middle
+CROP: str = "face"  # the square of a photo to use: its "face", its "center", or "LEFT TOP SIZE" of it in pixels
 IMAGE_TO: str = ""  # the photo that "interpolate" goes to from IMAGE; if empty, it goes from one sample to another
 OUTPUT: str = "generated_images_grid2.jpg"  # the picture to write: .jpg, .png or .webp; of "interpolate" also .gif
 MODE: str = "variations"  # what to make: variations, reconstruct, sample, interpolate or sweep; see the modes below
@@ -39,13 +39,10 @@ SWEEP = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # the W of the rows of "sweep"
 def load_photo(model, photo, crop):
     """Read a Photo as the model was trained to see it: (1, C, H, W) in [0, 1], on its device; `crop` is like CROP."""
     size = model.config["image_size"]
-    image = vae.read_image(photo, model.config["channels"], None if crop else size)
-    if crop:
-        left, top, side = crop
-        if left + side > image.width or top + side > image.height:
-            raise UserError(f"CROP {crop} reaches beyond {photo}, which has {image.width} x {image.height} pixels.")
-        image = image.crop((left, top, left + side, top + side))
-    return vae.photo_transform(size)(image)[None].to(model.latent_mean.device)
+    image, face = vae.read_square(photo, model.config["channels"], size, crop, model.face_box)
+    if crop == "face" and model.face_box:
+        print(f"Face        {photo}: {face or 'none found, so this is the middle square'}")
+    return to_tensor(image)[None].to(model.latent_mean.device)
 
 
 def load_photos(model, place, crop):
@@ -162,7 +159,7 @@ def interpolate(model):
     """20 pictures on the way from the photo IMAGE to the photo IMAGE_TO, or from one sample to another."""
     if IMAGE_TO:
         start = encode_first(model, IMAGE, CROP)[1][0]
-        end = encode_first(model, IMAGE_TO, [])[1][0]
+        end = encode_first(model, IMAGE_TO, CROP)[1][0]
     else:
         print("Between     two samples; --image-to names a photo to go to from IMAGE")
         start, end = model.draw_latents(noise(model, 2))
@@ -189,8 +186,7 @@ def check_settings():
     require(MODE in MODES, "MODE", MODE, f"one of {', '.join(MODES)}")
     require(MODE == "interpolate" or not IMAGE_TO, "MODE", MODE, '"interpolate" if IMAGE_TO names a photo')
     require(PRIOR in ("fitted", "standard"), "PRIOR", PRIOR, '"fitted" or "standard"')
-    square = not CROP or (len(CROP) == 3 and min(CROP) >= 0 and CROP[2] > 0)
-    require(square, "CROP", CROP, "left, top and size of a square in the photo, in pixels")
+    vae.check_crop(CROP)
     require(0 <= W <= 1, "W", W, "a number from 0 to 1")
     require(NUM_VARIATIONS >= 1, "NUM_VARIATIONS", NUM_VARIATIONS, "at least 1")
     require(SEED >= 0, "SEED", SEED, "at least 0")

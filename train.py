@@ -12,6 +12,7 @@ loss_curves.png, latent_space.png and progress/ with pictures of every epoch.
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import logging
 import math
 import os
@@ -34,6 +35,7 @@ from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from torch import distributed, nn
 from torch.utils.data import DataLoader
+from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 import vae
@@ -43,6 +45,7 @@ from vae import CHANNELS, HIDDEN_DIMS, IMAGE_SIZE, LATENT_DIM, UserError, requir
 DATA: str = "data/train"  # folder of photos, searched with its subfolders; or a .zip of photos, a .npy array
 OUTPUT_DIR: str = "checkpoints_best"  # folder for the checkpoints, curves and pictures of the run
 RESUME: bool = False  # continue the run that OUTPUT_DIR/last.pth holds
+CROP: str = "center"  # the square of a photo to use: its "center", its "face", or "LEFT TOP SIZE" of it in pixels
 VAL_FRACTION: float = 0.05  # share of the photos held out for validation; more gives steadier validation figures
 FLIP: bool = True  # mirror half of the photos at random; turn off if left and right differ in meaning
 
@@ -59,6 +62,8 @@ SEED: int = 0  # start of all random numbers; another one gives another split, o
 DEVICE: str = "auto"  # "auto" is CUDA if available, else the CPU; or name a device: "cpu", "cuda:1"
 AMP: bool = True  # compute in bfloat16 if the hardware has it: much faster, the same pictures
 COMPILE: str = "auto"  # "yes" compiles the model first (a minute), "auto" only on CUDA, "no" never
+
+FACE_BOX = (0.2326, 0.2859, 0.5445)  # where CROP "face" puts faces: left, top and size as shares of the side
 
 # torchrun starts several processes: each trains on its share of every batch, and rank 0 does everything else alone
 rank = int(os.environ.get("RANK", 0))
@@ -99,13 +104,6 @@ def kl_divergence(mu, log_var):
     return 0.5 * (mu.square() + log_var.exp() - log_var - 1)
 
 
-def marginal_kl(model):
-    """KL divergence in nats of the fitted prior from N(0, I) (Hoffman & Johnson 2016, "ELBO surgery", last term)."""
-    scale = model.latent_scale
-    squares = scale.square().sum() + model.latent_mean.square().sum()
-    return 0.5 * (squares - len(scale)).item() - scale.diagonal().log().sum().item()
-
-
 # Schedules: functions of the progress, the share in [0, 1] of the run's steps that is done
 def learning_rate(progress):
     """One cycle: a linear rise to LEARNING_RATE over the first 5 % of the run, then a cosine down to 0."""
@@ -143,8 +141,8 @@ def find_photos():
 
 
 def cache_path(photos, place):
-    """Return the path of the cache of photos: it changes with their paths, file sizes and times, and IMAGE_SIZE."""
-    digest = hashlib.sha256()
+    """Return the path of the cache of photos: it changes with their paths, sizes and times, CROP and IMAGE_SIZE."""
+    digest = hashlib.sha256(f"{CROP} {FACE_BOX}".encode())
     for photo in photos:
         stat = photo.path.stat() if photo.path.exists() else photo.path.lstat()  # of a broken link
         name = os.fsencode(photo.path.relative_to(place))
@@ -152,14 +150,16 @@ def cache_path(photos, place):
     return Path(f"data/cache/{IMAGE_SIZE}x{IMAGE_SIZE}x{CHANNELS}-{digest.hexdigest()[:16]}.u8")
 
 
-def decode_photos(photos, size, channels):
-    """Return some Photos as bytes, rows of uint8 (size, size, channels), and a sentence for each unreadable one."""
-    transform = vae.square_transform(size)
+def decode_photos(photos, size, channels, crop):
+    """Return some Photos as bytes, rows of uint8 (size, size, channels), and a sentence for each other one."""
     rows = []
     errors = []
     for photo in photos:
         try:
-            rows.append(transform(vae.read_image(photo, channels, size)).tobytes())
+            square, face = vae.read_square(photo, channels, size, crop, FACE_BOX)
+            if crop == "face" and not face:
+                raise UserError(f"{photo} shows no face.")
+            rows.append(square.tobytes())
         except UserError as error:
             errors.append(str(error))
     return b"".join(rows), errors
@@ -167,7 +167,7 @@ def decode_photos(photos, size, channels):
 
 def build_cache(photos, cache, workers):
     """Decode photos into a file of uint8 (N, H, W, C), in worker processes (0: in this one); raises UserError."""
-    decode = functools.partial(decode_photos, size=IMAGE_SIZE, channels=CHANNELS)
+    decode = functools.partial(decode_photos, size=IMAGE_SIZE, channels=CHANNELS, crop=CROP)
     batches = DataLoader(photos, 16, num_workers=workers, collate_fn=decode)
     with vae.atomic_write(cache) as file:
         for rows, errors in tqdm(batches, "Reading photos", unit="photo", unit_scale=16, leave=False, disable=None):
@@ -175,7 +175,7 @@ def build_cache(photos, cache, workers):
             for error in errors:
                 tqdm.write(f"Skipped: {error}")
         if not file.tell():
-            raise UserError(f"None of the {len(photos)} photos can be read; the first is {photos[0]}.")
+            raise UserError(f"None of the {len(photos)} photos can be used; the first is {photos[0]}.")
 
 
 def load_photos(device):
@@ -193,13 +193,25 @@ def load_photos(device):
     cache, found = cached[0]
     rows = np.memmap(cache, np.uint8, "r").reshape(-1, IMAGE_SIZE, IMAGE_SIZE, CHANNELS)
     if rank == 0:
-        print(f"Photos      {len(rows):,} of {found:,} can be read, cached in {cache} ({rows.nbytes / 1e6:,.0f} MB)")
+        print(f"Photos      {len(rows):,} of {found:,} can be used, cached in {cache} ({rows.nbytes / 1e6:,.0f} MB)")
     if len(rows) <= 2 * world_size:
-        raise UserError(f"{len(rows)} readable photos are too few: two for each process to train on, one to validate.")
+        raise UserError(f"{len(rows)} usable photos are too few: two for each process to train on, one to validate.")
     with warnings.catch_warnings(action="ignore"):  # that the array is read-only
         photos = torch.from_numpy(rows)
     fits = device.type == "cuda" and photos.nbytes < torch.cuda.mem_get_info(device)[0] / 2
     return photos.to(device) if fits else photos
+
+
+def find_face_box(photos):
+    """Return the median box of the faces in photos, uint8 (N, H, W, C): left, top and size as shares of the side.
+
+    Returns None if less than half of the photos show a face.
+    """
+    found = [vae.find_faces(to_pil_image(photo)) for photo in photos.cpu().numpy()]
+    boxes = [faces[0] for faces in found if faces]
+    if len(boxes) < len(photos) / 2:
+        return None
+    return (np.median(boxes, axis=0) / IMAGE_SIZE).round(4).tolist()
 
 
 def split_photos(count):
@@ -389,14 +401,14 @@ def finish_epoch(run, speed):
     mu, log_var = encode(run, run.val_set)
     *sums, seen = run.sums
     means = {f"train_{name}": total / seen for name, total in zip(("loss", "reconstruction", "kl"), sums, strict=True)}
-    latents = {"active_units": active, "marginal_kl": marginal_kl(run.model)}
-    row = {"epoch": run.epoch + 1, **means, **evaluate(run, mu, log_var), **latents, "images_per_second": speed}
+    state = {"active_units": active, "images_per_second": speed}
+    row = {"epoch": run.epoch + 1, **means, **evaluate(run, mu, log_var), **state}
     is_best = row["val_loss"] < min((earlier["val_loss"] for earlier in run.history), default=math.inf)
     run.history.append(row)
 
     if is_best:
         constants = {name: value for name, value in run.settings.items() if name not in MAY_CHANGE}
-        vae.save_checkpoint(checkpoint_path(), run.model, constants=constants, **row)
+        vae.save_checkpoint(checkpoint_path(), run.model, constants=constants, face_box=run.model.face_box, **row)
     save_pictures(run, row["epoch"])
     save_history(run.history)
     if row["epoch"] == EPOCHS:
@@ -578,6 +590,7 @@ def check_settings():
     require(CHANNELS in (1, 3), "CHANNELS", CHANNELS, "3 (colour) or 1 (grey)")
     require(LATENT_DIM >= 1, "LATENT_DIM", LATENT_DIM, "at least 1")
     require(min(HIDDEN_DIMS, default=0) >= 1, "HIDDEN_DIMS", HIDDEN_DIMS, "a list of numbers, each at least 1")
+    vae.check_crop(CROP)
     require(0 <= VAL_FRACTION < 1, "VAL_FRACTION", VAL_FRACTION, "at least 0 and less than 1")
     require(EPOCHS >= 1, "EPOCHS", EPOCHS, "at least 1")
     fits = 2 * world_size <= BATCH_SIZE and BATCH_SIZE % world_size == 0
@@ -590,6 +603,8 @@ def check_settings():
     require(COMPILE in ("auto", "yes", "no"), "COMPILE", COMPILE, '"auto", "yes" or "no"')
     out = Path(OUTPUT_DIR).resolve()
     require(Path(DATA).resolve() not in (out, *out.parents), "OUTPUT_DIR", OUTPUT_DIR, "a folder outside DATA")
+    dlib = importlib.util.find_spec("dlib")
+    require(dlib or CROP != "face", "CROP", CROP, '"center" as long as dlib is missing (`pip install dlib-bin`)')
     if RESUME and not (out / "last.pth").exists():
         raise UserError(f"There is no {OUTPUT_DIR}/last.pth to resume: leave out --resume, or name its --output-dir.")
 
@@ -633,6 +648,7 @@ def main(argv=None):
             set_aside()
             save_last(run)  # a run that is killed in its first epoch can resume as well
         if rank == 0:
+            run.model.face_box = find_face_box(run.photos[run.train_set[:100].to(run.photos.device)])
             describe_run(run)
         train(run)
         if rank == 0:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import pad, to_pil_image
 from torchvision.utils import make_grid
 
 # The size of the model. A checkpoint stores these four, so genpic.py takes them from there.
@@ -66,6 +66,7 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(*map(decoder_stage, up, up[1:]))
         self.final_layer = nn.Sequential(*decoder_stage(up[-1], up[-1]), nn.Conv2d(up[-1], channels, 3, padding=1))
         self.to_size = square_transform(image_size)  # 160 x 160 -> 150 x 150
+        self.face_box = None  # in pictures of faces: left, top and size of the face, as shares of the side
 
         # The prior that `sample` draws from: N(0, I) until `fit_prior` has seen the codes of photos
         self.register_buffer("latent_mean", torch.zeros(latent_dim))
@@ -175,6 +176,7 @@ def load_checkpoint(path, device="cpu"):
         state_dict.setdefault("latent_mean", torch.zeros(model.config["latent_dim"]))
         state_dict.setdefault("latent_scale", torch.eye(model.config["latent_dim"]))
         model.load_state_dict(state_dict, assign=True)
+        model.face_box = info.get("face_box")
         if not all(tensor.isfinite().all() for tensor in state_dict.values()):
             raise ValueError("a weight is not finite")
     except Exception as error:  # a file may hold anything in place of weights
@@ -297,6 +299,102 @@ def read_image(photo, channels=CHANNELS, size=None):
     except Exception as error:  # on a broken file Pillow's decoders raise whatever they stumble over
         reason = "unknown format: save it as JPEG" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"{photo} cannot be read as an image ({reason}).") from None
+
+
+def read_square(photo, channels, size, crop="center", face_box=None):
+    """Read a Photo cut as `crop` says, a value of CROP; return the square PIL image of that size, and its face (str).
+
+    "face" without a face_box is "center". Raises UserError if the photo cannot be read or the square reaches beyond it.
+    """
+    image = read_image(photo, channels, size if crop == "center" else None)
+    face = ""
+    if crop == "face" and face_box:
+        image, face = crop_to_face(image, face_box)
+    elif crop not in ("face", "center"):
+        left, top, side = map(int, crop.split())
+        if left + side > image.width or top + side > image.height:
+            raise UserError(f"CROP {crop} reaches beyond {photo}, which has {image.width} x {image.height} pixels.")
+        image = crop_square(image, left, top, side)
+    return square_transform(size)(image), face
+
+
+def check_crop(crop):
+    """Raise UserError unless this is a value of CROP."""
+    holds = crop in ("face", "center") or re.fullmatch(r"\d+ \d+ [1-9]\d*", crop)
+    require(holds, "CROP", crop, '"face", "center", or left, top and size of a square in pixels, as "140 90 320"')
+
+
+def crop_square(image, left, top, size):
+    """Cut a square out of a PIL image; outside of the image its edges are repeated."""
+    inside = (max(left, 0), max(top, 0), min(left + size, image.width), min(top + size, image.height))
+    outside = [inside[0] - left, inside[1] - top, left + size - inside[2], top + size - inside[3]]
+    return pad(image.crop(inside), outside, padding_mode="edge")
+
+
+# Faces, as boxes of left, top and size in pixels
+def crop_to_face(image, face_box):
+    """Cut a PIL image to the square that has its largest face at `face_box`; return it and which face that is (str).
+
+    An image whose middle square is framed about like that stays as it is: the detector is less exact than the people
+    who framed it. If there is no face, it stays as well and the text is empty.
+    """
+    faces = find_faces(image)
+    if not faces:
+        return image, ""
+    left, top, size = faces[0]
+    text = f"at ({left:.0f}, {top:.0f}), {size:.0f} pixels wide"
+    if len(faces) > 1:
+        text += f", the largest of {len(faces)}"
+    side = size / face_box[2]
+    left -= face_box[0] * side
+    top -= face_box[1] * side
+    short = min(image.size)
+    shift = max(abs(left + side / 2 - image.width / 2), abs(top + side / 2 - image.height / 2)) / short
+    if shift <= 0.06 and 0.88 <= side / short <= 1.18:
+        return image, f"{text}: framed as in training"
+    blurred = " (it is small, so expect a blurred picture)" if size < 40 else ""
+    return crop_square(image, round(left), round(top), round(side)), f"{text}: cropped to it{blurred}"
+
+
+def find_faces(image):
+    """Return the boxes of the upright frontal faces in a PIL image, the largest first."""
+    grey = image.convert("L")
+    for scale in sorted({min(4, side / max(image.size)) for side in (400, 800, 1600)}):  # large faces show in the first
+        boxes = [measure_face(grey, box) for box in detect_faces(grey, scale)]
+        faces = [box for box in boxes if box is not None]
+        if faces:
+            return sorted(faces, key=lambda box: -box[2])
+    return []
+
+
+def measure_face(grey, box):
+    """Return the mean of the boxes of a face in five copies of its surroundings, or None if less than three show it.
+
+    The detector's boxes have sizes that are 20 % apart; the scales of the copies are spread over such a step.
+    """
+    left, top, size = map(round, box)
+    margin = round(0.75 * size)
+    around = crop_square(grey, left - margin, top - margin, size + 2 * margin)
+    boxes = [face for k in range(5) for face in detect_faces(around, 100 / size * 1.2 ** (k / 5))]
+    same = [face for face in boxes if math.dist(face[:2], (margin, margin)) < size / 2]
+    return np.mean(same, axis=0) + (left - margin, top - margin, 0) if len(same) >= 3 else None
+
+
+def detect_faces(grey, scale):
+    """Return the boxes that dlib's detector finds in a grey PIL image when it looks at a copy of some scale."""
+    copy = grey.resize([math.ceil(side * scale) for side in grey.size], Image.Resampling.BILINEAR, reducing_gap=2)
+    return [np.array([face.left(), face.top(), face.width()]) / scale for face in face_detector()(np.asarray(copy))]
+
+
+@functools.cache
+def face_detector():
+    """Return dlib's detector (histograms of oriented gradients, King 2009), or one that finds nothing without dlib."""
+    try:
+        import dlib
+    except ImportError:
+        print("Faces cannot be found, as dlib is not installed: pip install dlib-bin")
+        return lambda pixels: []
+    return dlib.get_frontal_face_detector()
 
 
 # Pictures

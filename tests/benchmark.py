@@ -36,6 +36,7 @@ COUNT: int = 512  # photos in an epoch of ours; raise it to 20480 on a GPU, wher
 CACHED: int = 12_000  # photos that are decoded into the cache, and on which the memory of train.py is measured
 BATCH_SIZE: int = 16  # photos in a step of ours; raise it to 256 on a GPU
 MATRIX: int = 2048  # side of the matrices that are multiplied; raise it to 8192 on a GPU
+CROP: str = "center"  # as in train.py; "face", with --photos of people, tells how fast faces are found
 COMPILE: str = "auto"  # as in train.py
 DEVICE: str = "auto"  # "auto", "cuda" or "cpu"
 ROUNDS: int = 7  # repetitions after the first, which alone counts if there are none

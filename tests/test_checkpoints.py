@@ -3,7 +3,6 @@
 import os
 import pickle
 import random
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -109,33 +108,21 @@ EVIL = {
 }
 
 
-@pytest.fixture
-def hostile(workplace):
-    """A folder with a checkpoint for every name in EVIL, in each of three formats."""
+def test_no_pickle_is_ever_executed(workplace):
     for name, evil in EVIL.items():
         whole = torch.load(TRAINED) | (evil if isinstance(evil, dict) else {"state_dict": evil})
         torch.save(whole, f"{name} 1.pth")
         torch.save(whole, f"{name} 2.pth", _use_new_zipfile_serialization=False)
         Path(f"{name} 3.pth").write_bytes(pickle.dumps({"state_dict": evil}, protocol=2))
-    return workplace
-
-
-def test_no_pickle_is_ever_executed(hostile):
-    files = sorted(hostile.glob("* [123].pth"))
+    files = sorted(workplace.glob("* [123].pth"))
     for path in files:
         assert refusal(generate, "--checkpoint", path.name) == f"{path.name} {UNREAD}"
         path.replace("checkpoints_best/last.pth")
         assert refusal(run, "--resume", "--epochs", "8") == f"checkpoints_best/last.pth {UNREAD}"
     assert not Path("executed").exists() and os.system not in torch.serialization.get_safe_globals()
+    pickle.loads(pickle.dumps(EVIL["eval"]))
+    assert Path("executed").exists()  # so they do their work where they are trusted
     print(f"\nCount: {len(files)} hostile pickles refused, by both scripts")
-
-
-@pytest.mark.parametrize("name", list(EVIL)[:10])
-def test_the_hostile_files_do_their_work_where_they_are_trusted(hostile, name):
-    for number in (1, 2, 3):
-        with suppress(Exception):  # after its work
-            torch.load(f"{name} {number}.pth", weights_only=False)
-        Path("executed").unlink()
 
 
 UNREAD = "is damaged, or no checkpoint of tensors and plain Python types."
@@ -146,13 +133,9 @@ WRONG = {
     "empty": (b"", UNREAD),
     "photo": ((ROOT / "data/tested_data/sample.jpg").read_bytes(), UNREAD),
     "archive": (b"PK\5\6" + bytes(18), UNREAD),
-    "text": (b"epoch,train_loss\n1,2\n", UNREAD),
-    "list": ([1, 2], "does not hold the weights of a VAE"),
-    "tensor": (torch.zeros(3), "does not hold the weights of a VAE"),
     "other model": ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "does not hold the weights of a VAE"),
     "other size": (STATE, "its own config, or else of the constants at the top of vae.py (Error(s) in loading"),
     "missing": ({"config": CONFIG, "state_dict": {}}, "Missing key(s) in state_dict"),
-    "more": ({"config": CONFIG, "state_dict": {**STATE, "more": torch.zeros(1)}}, "Unexpected key(s) in state_dict"),
     "shape": ({"config": CONFIG, "state_dict": {**STATE, "fc_mu.bias": torch.zeros(6)}}, "size mismatch for fc_mu."),
     "nan": ({"config": CONFIG, "state_dict": {**STATE, "fc_mu.bias": torch.zeros(5) / 0}}, "a weight is not finite"),
 }

@@ -100,14 +100,6 @@ def test_every_constant_is_a_flag_with_its_comment_and_default(script, capsys):
         assert f"--{name.lower().replace('_', '-')}" in said and text in said, name
 
 
-def test_a_constant_added_to_the_script_is_a_flag(folder):
-    source = (ROOT / "train.py").read_text()
-    added = source.replace("\nEPOCHS: ", "\nWEIGHT_DECAY: float = 0.0  # pulls the weights to 0\nEPOCHS: ")
-    (folder / "train.py").write_text(added)
-    assert python(folder, "train.py", *SMALL, "--epochs=1", "--weight-decay=0.5")[1:] == ("", 0)
-    assert vae.load_checkpoint(folder / "checkpoints_best/last.pth")[1]["constants"]["WEIGHT_DECAY"] == 0.5
-
-
 @pytest.mark.parametrize(
     "flags",
     "--epochs 0, --batch-size 1, --learning-rate nan, --beta -1, --val-fraction 1, --seed -1, --reconstruction l1, "

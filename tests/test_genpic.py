@@ -28,7 +28,7 @@ REFUSED = {
     "--mode interpolate --image 'faces/face 001.jpg' --image-to me.jpg --output me.jpg": NO_PHOTO,
     "--mode collage": "MODE is 'collage': it must be one of variations, reconstruct, sample, interpolate, sweep",
     "--w -0.1": "W is -0.1: it must be a number from 0 to 1",
-    "--image me.jpg --crop 9 0 40": "CROP [9, 0, 40] reaches beyond me.jpg, which has 48 x 56 pixels",
+    "--image me.jpg --crop '9 0 40'": "CROP 9 0 40 reaches beyond me.jpg, which has 48 x 56 pixels",
     "--output grid.gif": "OUTPUT is 'grid.gif': it must be a file name that ends in .jpg, .jpeg, .png, .webp",
     "--output grid.webp --num-variations 3000": "grid.webp cannot be written",  # WebP ends at 16,383 pixels
 }
@@ -93,7 +93,7 @@ def test_crop_is_in_pixels_of_the_upright_photo(workplace):
     turned[0x0112] = 6  # the camera was turned: the file holds the photo on its side
     photo.rotate(90, expand=True).save("me.jpg", quality=100, exif=turned)
     photo.crop((100, 150, 400, 450)).save("square.png")
-    assert apart(pictures("--image=me.jpg", *"--crop 100 150 300".split()), pictures("--image=square.png")) <= 3
+    assert apart(pictures("--image=me.jpg", "--crop=100 150 300"), pictures("--image=square.png")) <= 3
 
 
 def test_a_variation_is_the_same_however_many_are_drawn(workplace):

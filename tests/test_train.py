@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, SMALL, TRAINED, refusal, run, same_weights
 from faces import draw_faces
 from PIL import Image
-from torch.distributions import MultivariateNormal, Normal, kl_divergence
+from torch.distributions import Normal, kl_divergence
 
 import train
 import vae
@@ -33,14 +33,6 @@ def test_kl_divergence_is_that_of_torch():
     mu, log_var = torch.randn(2, 5, 7)
     expected = kl_divergence(Normal(mu, torch.exp(0.5 * log_var)), Normal(torch.zeros(5, 7), 1.0))
     torch.testing.assert_close(train.kl_divergence(mu, log_var), expected)
-
-
-def test_marginal_kl_is_that_of_the_fitted_prior_from_a_standard_normal():
-    model = vae.VAE(16, 1, [2], 4)
-    model.fit_prior(torch.randn(50, 4) * torch.tensor([0.1, 1, 2, 3]) + 1, torch.randn(50, 4))
-    fitted = MultivariateNormal(model.latent_mean, scale_tril=model.latent_scale)
-    expected = kl_divergence(fitted, MultivariateNormal(torch.zeros(4), torch.eye(4)))
-    assert train.marginal_kl(model) == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_squared_error_and_cross_entropy_are_sums_over_each_image():
@@ -66,14 +58,9 @@ def test_structural_similarity_and_its_gradient_are_those_of_the_paper():
     torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), other) for loss in (found, expected)))
 
 
-def test_learning_rate_rises_to_its_peak_and_falls_to_zero():
-    rates = [train.learning_rate(progress) for progress in np.linspace(0, 1, 1001)]
-    assert [rates[k] for k in (0, 25, 50, 525, 1000)] == pytest.approx([0, 5e-4, 1e-3, 5e-4, 0])
-    assert rates == sorted(rates[:50]) + sorted(rates[50:], reverse=True)
-
-
-def test_kl_weight_rises_to_beta():
-    assert train.kl_weight(0.0) == train.kl_weight(1.0) == train.BETA
+def test_schedules_rise_to_their_constants_and_the_learning_rate_falls_to_zero():
+    rates = [train.learning_rate(progress) for progress in (0, 0.025, 0.05, 0.525, 1)]
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 5e-4, 0])
     vars(train).update(EPOCHS=10, KL_WARMUP_EPOCHS=4.0)
     assert [train.kl_weight(epoch / 10) for epoch in (0, 2, 4, 10)] == pytest.approx([0, 0.066, 0.132, 0.132])
 
@@ -132,16 +119,9 @@ def test_the_split_is_disjoint_and_drawn_by_the_seed(count, fraction, ranks, hel
     assert not torch.equal(train.split_photos(count)[0], train_set)
 
 
-@pytest.mark.parametrize("data", [[], ["--data", "data/train"]])
-def test_demo_faces_stand_in_while_there_are_no_photos(workplace, capsys, data):
-    draw_faces(Path("data/demo"), 9)
-    train.main([*SMALL, "--epochs", "1", *data])
-    assert "trains on the demo faces in data/demo" in capsys.readouterr().out
-
-
 def test_two_photos_are_too_few(workplace):
     draw_faces(Path("few"), 2)
-    assert "2 readable photos are too few" in refusal(run, "--data", "few")
+    assert "2 usable photos are too few" in refusal(run, "--data", "few")
 
 
 @pytest.mark.parametrize(("kind", "flip"), [("mse", True), ("ssim", True), ("bce", False)])
@@ -169,18 +149,14 @@ def test_each_epoch_takes_all_photos_in_another_order(workplace, monkeypatch):
     draw_faces(Path("few"), 22)  # 1 to validate on, 21 in batches of 8, 8 and 5
     vars(train).update(DATA="few", IMAGE_SIZE=32)
     photos = train.load_photos(torch.device("cpu")).permute(0, 3, 1, 2) / 255
-    steps = []
+    taken = []
 
-    def record(network, optimizer, images, step, progress):
-        assert images.is_contiguous(memory_format=torch.channels_last)
-        steps.append((step, progress, [(photos == image).all((1, 2, 3)).nonzero().item() for image in images]))
+    def record(network, optimizer, images, *more):
+        taken.append([(photos == image).all((1, 2, 3)).nonzero().item() for image in images])
         return torch.ones(4)
 
     monkeypatch.setattr(train, "train_step", record)
     run("--data", "few", "--epochs", "2")
-    numbers, progress, taken = zip(*steps, strict=True)
-    assert numbers == (0, 1, 2, 3, 4, 5)
-    assert progress == pytest.approx([(number + 0.5) / 6 for number in range(6)])
     assert [len(batch) for batch in taken] == [8, 8, 5] * 2
     epochs = [[*taken[k], *taken[k + 1], *taken[k + 2]] for k in (0, 3)]
     assert epochs[0] != epochs[1]
@@ -255,11 +231,12 @@ def test_the_checkpoint_holds_the_best_epoch_and_describes_itself(workplace):
 
 
 def test_the_prior_is_fitted_to_the_codes_of_the_training_photos(workplace):
-    new = finished_run(TRAINED)
+    run("--epochs", "2", "--no-amp", "--output-dir", "out")
+    new = finished_run("out/vae_model_2.pth")
     mu, log_var = new.model.encode(new.photos[new.train_set].permute(0, 3, 1, 2) / 255)
     covariance = torch.cov(mu.T, correction=0) + torch.diag(log_var.exp().mean(0))
-    torch.testing.assert_close(new.model.latent_mean, mu.mean(0), atol=0.02, rtol=0.02)  # fitted in bfloat16
-    torch.testing.assert_close(new.model.latent_scale @ new.model.latent_scale.T, covariance, atol=0.05, rtol=0.05)
+    torch.testing.assert_close(new.model.latent_mean, mu.mean(0), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(new.model.latent_scale @ new.model.latent_scale.T, covariance, atol=1e-3, rtol=1e-3)
 
 
 def test_pictures_of_an_epoch_show_photos_over_their_reconstructions_and_samples(workplace):

@@ -1,0 +1,149 @@
+"""Where faces are: in photos of any kind, in the pictures of a model, and what happens where there is none."""
+
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, generate, refusal, run
+from faces import draw_face
+from PIL import Image, ImageOps
+from test_genpic import pictures
+
+import genpic
+import train
+import vae
+from vae import find_faces
+
+PORTRAIT = Image.open(ROOT / "tests/portrait.jpg")  # a sample of the model in a scene of noise, 640 x 480
+SQUARE = vae.crop_square(PORTRAIT, 365, 232, 225)  # has the face where FACE_BOX says
+
+
+def exif_turned(image):
+    """Return an image whose file holds it on its side, and its EXIF orientation."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return image.rotate(90, expand=True), {"exif": exif, "quality": 95}
+
+
+KINDS = {  # a file name, the image in it and how it is saved
+    "large.jpg": (PORTRAIT.resize((4000, 3000)), {}),
+    "turned.jpg": exif_turned(PORTRAIT),
+    "grey.jpg": (PORTRAIT.convert("L"), {}),
+    "cmyk.jpg": (PORTRAIT.convert("CMYK"), {}),
+    "transparent.png": (PORTRAIT.convert("RGBA"), {}),
+    "at the edge.png": (PORTRAIT.crop((400, 200, 640, 480)), {}),
+    "small.png": (PORTRAIT.resize((160, 120)), {}),
+}
+
+
+@pytest.fixture
+def model(workplace):
+    """A folder with `model.pth`, which knows where faces are in its pictures, and `me.jpg`."""
+    vae.save_checkpoint("model.pth", vae.VAE(32, 3, [4], 3), face_box=list(train.FACE_BOX))
+    shutil.copy(ROOT / "tests/portrait.jpg", "me.jpg")
+    return ["--checkpoint", "model.pth"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_face_is_cut_to_its_place_in_photos_of_any_kind(name, tmp_path):
+    image, options = KINDS[name]
+    image.save(tmp_path / name, **options)
+    square, face = vae.read_square(tmp_path / name, 1, 150, "face", train.FACE_BOX)
+    assert "pixels wide: cropped to it" in face
+    assert ("it is small, so expect a blurred picture" in face) == (name == "small.png")
+    inside = slice(24, None) if "edge" in name else slice(None)  # the rest of that square is beyond the photo
+    difference = np.asarray(square).astype(int) - np.asarray(ImageOps.grayscale(SQUARE).resize((150, 150)))
+    assert np.abs(difference)[:, inside].mean() < 12  # if cut 5 % beside it, 20
+
+
+def test_what_is_beyond_the_edge_repeats_it():
+    pixels = np.asarray(vae.crop_square(PORTRAIT, -30, 400, 100))
+    assert np.array_equal(pixels, np.pad(np.asarray(PORTRAIT)[400:, :70], ((0, 20), (30, 0), (0, 0)), "edge"))
+
+
+def test_the_largest_of_several_faces_is_taken_and_upside_down_ones_are_none(tmp_path):
+    group = Image.new("RGB", (460, 460), "grey")
+    group.paste(SQUARE, (230, 230))
+    group.paste(SQUARE.resize((190, 190)), (20, 250))
+    group.paste(SQUARE.rotate(180), (20, 0))
+    group.save(tmp_path / "group.png")
+    _, face = vae.read_square(tmp_path / "group.png", 3, 150, "face", train.FACE_BOX)
+    where = re.fullmatch(r"at \((.*), (.*)\), (.*) pixels wide, the largest of 2: cropped to it", face)
+    assert [float(text) for text in where.groups()] == pytest.approx([282, 294, 122], abs=5)
+
+
+def test_a_photo_that_is_framed_already_keeps_its_middle_square():
+    sample = ROOT / "data/tested_data/sample.jpg"
+    squares = [vae.read_square(sample, 3, 150, crop, train.FACE_BOX)[0] for crop in ("face", "center")]
+    assert squares[0] == squares[1]
+
+
+def test_every_mode_crops_to_the_face(model, capsys):
+    face = pictures(*model, "--image=me.jpg")[0]
+    assert np.abs(face - np.asarray(SQUARE.resize((32, 32)))).mean() < 12
+    shutil.copytree("faces", "photos")
+    shutil.copy("me.jpg", "photos/a.jpg")
+    assert np.array_equal(pictures(*model, "--image=photos", "--mode=reconstruct")[0], face)
+    capsys.readouterr()
+    for flags, count in (["--mode=sweep"], 1), (["--mode=interpolate", "--image-to=me.jpg"], 2):
+        generate(*model, "--image=me.jpg", *flags)
+        said = capsys.readouterr().out
+        assert said.count("Face        me.jpg: at (417, 296), 122 pixels wide: cropped to it") == count
+
+
+def test_without_a_face_or_dlib_or_a_face_box_it_is_the_middle_square(model, monkeypatch, capsys):
+    center = pictures(*model, "--crop=center")
+    assert "Face" not in capsys.readouterr().out
+    assert np.array_equal(pictures(*model), center)
+    assert "Face        faces/face 000.jpg: none found, so this is the middle square" in capsys.readouterr().out
+    vae.save_checkpoint("other.pth", vae.load_checkpoint("model.pth")[0])
+    pictures("--checkpoint", "other.pth", "--image", "me.jpg")
+    assert "Face" not in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "dlib", None)
+    vae.face_detector.cache_clear()
+    generate(*model, "--image=me.jpg")
+    vae.face_detector.cache_clear()
+    assert "dlib is not installed: pip install dlib-bin\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("crop", ["1 2", "a b c", "-1 2 3", "1 2 0"])
+def test_a_crop_that_is_none_is_refused(crop, workplace):
+    for script in (generate, run):
+        assert f'CROP is {crop!r}: it must be "face", "center", or left, top' in refusal(script, "--crop", crop)
+
+
+def test_training_cuts_photos_around_their_faces_and_tells_the_model_where_these_are(workplace, capsys):
+    for number in range(4):
+        shifted = vae.crop_square(PORTRAIT, 150 + 20 * number, 30, 480)
+        shifted.save(f"faces/face {number:03d}.jpg", quality=95)
+    flags = ["--crop=face", "--image-size=64", "--epochs=1", "--output-dir=out"]
+    run(*flags)
+    said = capsys.readouterr().out
+    assert said.count(" shows no face.") == 36 and "Photos      4 of 40 can be used" in said
+    _, info = vae.load_checkpoint("out/vae_model_1.pth")
+    assert info["face_box"] == pytest.approx(train.FACE_BOX, abs=0.02)
+    assert "CROP was face and is center" in refusal(run, *flags, "--crop=center", "--resume")
+    run("--epochs=1", "--output-dir=center", "--crop=center", "--no-resume")
+    assert vae.load_checkpoint("center/vae_model_1.pth")[1]["face_box"] is None
+
+
+def test_the_bundled_model_and_the_tests_agree_on_where_faces_are():
+    path = ROOT / "checkpoints_best/vae_model_20.pth"
+    if (path.parent / "last.pth").exists():
+        pytest.skip("a run has left its own model there")
+    assert vae.load_checkpoint(path)[1]["face_box"] == list(train.FACE_BOX)
+    assert not any(find_faces(draw_face(seed, size)) for seed in range(40) for size in ((48, 56), (600, 700)))
+
+
+def test_portraits_of_real_life_come_back_better_than_their_middle_squares(tmp_path, capsys):
+    folder = ROOT.parent / "shared/unaligned"
+    if not folder.is_dir():
+        pytest.skip("needs a folder of photos that is not part of this project")
+    for crop in ("center", "face"):
+        genpic.main(
+            ["--mode=reconstruct", "--image", str(folder), "--crop", crop, "--output", str(tmp_path / "grid.png")]
+        )
+    figures = [float(text) for text in re.findall(r"PSNR +(.*) dB, of all", capsys.readouterr().out)]
+    assert figures[1] > figures[0] + 1.8
