@@ -22,7 +22,7 @@ from vae import UserError, require
 
 CHECKPOINT: str = "checkpoints_best/vae_model_20.pth"  # the model, as train.py leaves it
 IMAGE: str = "data/tested_data"  # a photo; or a folder, .zip or .npy: its first photo ("reconstruct" takes all of them)
-CROP: str = "face"  # the square of a photo to use: its "face", its "center", or "LEFT TOP SIZE" of it in pixels
+CROP: str = "face"  # the square of a photo to use: "face" (the one around it), "center", or "LEFT TOP SIZE" in pixels
 IMAGE_TO: str = ""  # the photo that "interpolate" goes to from IMAGE; if empty, it goes from one sample to another
 OUTPUT: str = "generated_images_grid2.jpg"  # the picture to write: .jpg, .png or .webp; of "interpolate" also .gif
 MODE: str = "variations"  # what to make: variations, reconstruct, sample, interpolate or sweep; see the modes below
@@ -36,22 +36,22 @@ SWEEP = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # the W of the rows of "sweep"
 
 
 # Photos and codes
-def load_photo(model, photo, crop):
-    """Read a Photo as the model was trained to see it: (1, C, H, W) in [0, 1], on its device; `crop` is like CROP."""
+def load_photo(model, photo):
+    """Read a Photo as the model was trained to see it: (1, C, H, W) in [0, 1], on its device."""
     size = model.config["image_size"]
-    image, face = vae.read_square(photo, model.config["channels"], size, crop, model.face_box)
-    if crop == "face" and model.face_box:
-        print(f"Face        {photo}: {face or 'none found, so this is the middle square'}")
+    image, face = vae.read_square(photo, model.config["channels"], size, CROP, model.face_box)
+    if CROP == "face" and model.face_box:
+        print(f"Face        {photo}: {face or 'none found (turned, tilted, too small?), so this is the middle square'}")
     return to_tensor(image)[None].to(model.latent_mean.device)
 
 
-def load_photos(model, place, crop):
+def load_photos(model, place):
     """Yield (Photo, image (1, C, H, W)) of all readable photos at a place; raises UserError if there are none."""
     photos = vae.find_photos(place)
     readable = 0
     for photo in photos:
         try:
-            image = load_photo(model, photo, crop)
+            image = load_photo(model, photo)
         except UserError as error:
             if len(photos) == 1:
                 raise
@@ -63,9 +63,9 @@ def load_photos(model, place, crop):
         raise UserError(f"There is no readable photo in {place}: put one there, or name another.")
 
 
-def encode_first(model, place, crop):
+def encode_first(model, place):
     """Return the first image (1, C, H, W) at a place, its code mu (1, L) and its reconstruction."""
-    photo, image = next(load_photos(model, place, crop))
+    photo, image = next(load_photos(model, place))
     mu, _ = model.encode(image)
     reconstruction = model.decode(mu)
     psnr = vae.psnr((reconstruction - image).square().sum().item(), image.numel())
@@ -114,14 +114,14 @@ def decode(model, z):
 # Modes: each yields sheets of images (N, C, H, W), with the number of columns
 def variations(model):
     """The photo, its reconstruction and NUM_VARIATIONS variations of it."""
-    photo, mu, reconstruction = encode_first(model, IMAGE, CROP)
+    photo, mu, reconstruction = encode_first(model, IMAGE)
     codes = perturb(model, mu, noise(model, NUM_VARIATIONS), W)
     yield torch.cat([photo, reconstruction, decode(model, codes)]), 6
 
 
 def sweep(model):
     """NUM_VARIATIONS variations of the photo for each W of SWEEP, a row each, with the same noise down a column."""
-    _, mu, _ = encode_first(model, IMAGE, CROP)
+    _, mu, _ = encode_first(model, IMAGE)
     eps = noise(model, NUM_VARIATIONS)
     rows = [[label(model, f"W =\n{w:g}"), decode(model, perturb(model, mu, eps, w))] for w in SWEEP]
     yield torch.cat(list(itertools.chain(*rows))), 1 + NUM_VARIATIONS
@@ -138,7 +138,7 @@ def label(model, text):
 
 def reconstruct(model):
     """All photos, each beside its reconstruction, at most 64 a sheet."""
-    photos = (image for _, image in load_photos(model, IMAGE, CROP))
+    photos = (image for _, image in load_photos(model, IMAGE))
     squared_error = 0.0
     count = 0
     while sheet := list(itertools.islice(photos, 64)):
@@ -158,8 +158,8 @@ def sample(model):
 def interpolate(model):
     """20 pictures on the way from the photo IMAGE to the photo IMAGE_TO, or from one sample to another."""
     if IMAGE_TO:
-        start = encode_first(model, IMAGE, CROP)[1][0]
-        end = encode_first(model, IMAGE_TO, CROP)[1][0]
+        start = encode_first(model, IMAGE)[1][0]
+        end = encode_first(model, IMAGE_TO)[1][0]
     else:
         print("Between     two samples; --image-to names a photo to go to from IMAGE")
         start, end = model.draw_latents(noise(model, 2))

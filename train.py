@@ -12,7 +12,6 @@ loss_curves.png, latent_space.png and progress/ with pictures of every epoch.
 import ctypes
 import functools
 import hashlib
-import importlib.util
 import logging
 import math
 import os
@@ -45,7 +44,7 @@ from vae import CHANNELS, HIDDEN_DIMS, IMAGE_SIZE, LATENT_DIM, UserError, requir
 DATA: str = "data/train"  # folder of photos, searched with its subfolders; or a .zip of photos, a .npy array
 OUTPUT_DIR: str = "checkpoints_best"  # folder for the checkpoints, curves and pictures of the run
 RESUME: bool = False  # continue the run that OUTPUT_DIR/last.pth holds
-CROP: str = "center"  # the square of a photo to use: its "center", its "face", or "LEFT TOP SIZE" of it in pixels
+CROP: str = "center"  # the square of a photo to use: "center", "face" (the one around it), or "LEFT TOP SIZE" in pixels
 VAL_FRACTION: float = 0.05  # share of the photos held out for validation; more gives steadier validation figures
 FLIP: bool = True  # mirror half of the photos at random; turn off if left and right differ in meaning
 
@@ -142,7 +141,7 @@ def find_photos():
 
 def cache_path(photos, place):
     """Return the path of the cache of photos: it changes with their paths, sizes and times, CROP and IMAGE_SIZE."""
-    digest = hashlib.sha256(f"{CROP} {FACE_BOX}".encode())
+    digest = hashlib.sha256(b"" if CROP == "center" else f"{CROP} {FACE_BOX}".encode())
     for photo in photos:
         stat = photo.path.stat() if photo.path.exists() else photo.path.lstat()  # of a broken link
         name = os.fsencode(photo.path.relative_to(place))
@@ -151,7 +150,7 @@ def cache_path(photos, place):
 
 
 def decode_photos(photos, size, channels, crop):
-    """Return some Photos as bytes, rows of uint8 (size, size, channels), and a sentence for each other one."""
+    """Return some Photos as bytes, rows of uint8 (size, size, channels), and a sentence for each unusable one."""
     rows = []
     errors = []
     for photo in photos:
@@ -195,7 +194,7 @@ def load_photos(device):
     if rank == 0:
         print(f"Photos      {len(rows):,} of {found:,} can be used, cached in {cache} ({rows.nbytes / 1e6:,.0f} MB)")
     if len(rows) <= 2 * world_size:
-        raise UserError(f"{len(rows)} usable photos are too few: two for each process to train on, one to validate.")
+        raise UserError(f"{len(rows)} usable photos are too few: a run needs {2 * world_size + 1}.")
     with warnings.catch_warnings(action="ignore"):  # that the array is read-only
         photos = torch.from_numpy(rows)
     fits = device.type == "cuda" and photos.nbytes < torch.cuda.mem_get_info(device)[0] / 2
@@ -209,6 +208,7 @@ def find_face_box(photos):
     """
     found = [vae.find_faces(to_pil_image(photo)) for photo in photos.cpu().numpy()]
     boxes = [faces[0] for faces in found if faces]
+    print(f"Faces       found in {len(boxes)} of {len(photos)} training photos")
     if len(boxes) < len(photos) / 2:
         return None
     return (np.median(boxes, axis=0) / IMAGE_SIZE).round(4).tolist()
@@ -503,7 +503,8 @@ def save_pictures(run, epoch):
 
 def save_history(history):
     """Write the figures of all epochs to history.csv, and draw those of training (z drawn) and validation (z = mu)."""
-    lines = [",".join(map(str, line)) for line in (history[0], *(row.values() for row in history))]
+    names = history[-1].keys()  # a run that began before a change of the script may have had others
+    lines = [",".join(names), *(",".join(str(row.get(name, "")) for name in names) for row in history)]
     with vae.atomic_write(Path(OUTPUT_DIR, "history.csv")) as file:
         file.write("\n".join([*lines, ""]).encode())
     figure = Figure((11, 3.2), layout="constrained")
@@ -603,8 +604,7 @@ def check_settings():
     require(COMPILE in ("auto", "yes", "no"), "COMPILE", COMPILE, '"auto", "yes" or "no"')
     out = Path(OUTPUT_DIR).resolve()
     require(Path(DATA).resolve() not in (out, *out.parents), "OUTPUT_DIR", OUTPUT_DIR, "a folder outside DATA")
-    dlib = importlib.util.find_spec("dlib")
-    require(dlib or CROP != "face", "CROP", CROP, '"center" as long as dlib is missing (`pip install dlib-bin`)')
+    require(CROP != "face" or vae.face_detector(), "CROP", CROP, '"center" as long as faces cannot be found')
     if RESUME and not (out / "last.pth").exists():
         raise UserError(f"There is no {OUTPUT_DIR}/last.pth to resume: leave out --resume, or name its --output-dir.")
 
@@ -648,7 +648,8 @@ def main(argv=None):
             set_aside()
             save_last(run)  # a run that is killed in its first epoch can resume as well
         if rank == 0:
-            run.model.face_box = find_face_box(run.photos[run.train_set[:100].to(run.photos.device)])
+            some = run.photos[run.train_set[:100].to(run.photos.device)]
+            run.model.face_box = list(FACE_BOX) if CROP == "face" else find_face_box(some)
             describe_run(run)
         train(run)
         if rank == 0:

@@ -66,7 +66,7 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(*map(decoder_stage, up, up[1:]))
         self.final_layer = nn.Sequential(*decoder_stage(up[-1], up[-1]), nn.Conv2d(up[-1], channels, 3, padding=1))
         self.to_size = square_transform(image_size)  # 160 x 160 -> 150 x 150
-        self.face_box = None  # in pictures of faces: left, top and size of the face, as shares of the side
+        self.face_box = None  # left, top and size of the face in its pictures, as shares of the side; None: unknown
 
         # The prior that `sample` draws from: N(0, I) until `fit_prior` has seen the codes of photos
         self.register_buffer("latent_mean", torch.zeros(latent_dim))
@@ -177,6 +177,9 @@ def load_checkpoint(path, device="cpu"):
         state_dict.setdefault("latent_scale", torch.eye(model.config["latent_dim"]))
         model.load_state_dict(state_dict, assign=True)
         model.face_box = info.get("face_box")
+        left, top, size = model.face_box or (0, 0, 1)
+        if not (abs(left) < 2 and abs(top) < 2 and 0.1 < size < 2):
+            raise ValueError("no face is at its face_box")
         if not all(tensor.isfinite().all() for tensor in state_dict.values()):
             raise ValueError("a weight is not finite")
     except Exception as error:  # a file may hold anything in place of weights
@@ -302,7 +305,7 @@ def read_image(photo, channels=CHANNELS, size=None):
 
 
 def read_square(photo, channels, size, crop="center", face_box=None):
-    """Read a Photo cut as `crop` says, a value of CROP; return the square PIL image of that size, and its face (str).
+    """Read a Photo and cut it by `crop`, like CROP; return a PIL image (size x size) and a text on its face ("": none).
 
     "face" without a face_box is "center". Raises UserError if the photo cannot be read or the square reaches beyond it.
     """
@@ -320,7 +323,7 @@ def read_square(photo, channels, size, crop="center", face_box=None):
 
 def check_crop(crop):
     """Raise UserError unless this is a value of CROP."""
-    holds = crop in ("face", "center") or re.fullmatch(r"\d+ \d+ [1-9]\d*", crop)
+    holds = crop in ("face", "center") or re.fullmatch(r"\d+ +\d+ +[1-9]\d*", crop)
     require(holds, "CROP", crop, '"face", "center", or left, top and size of a square in pixels, as "140 90 320"')
 
 
@@ -333,10 +336,10 @@ def crop_square(image, left, top, size):
 
 # Faces, as boxes of left, top and size in pixels
 def crop_to_face(image, face_box):
-    """Cut a PIL image to the square that has its largest face at `face_box`; return it and which face that is (str).
+    """Cut the square out of a PIL image that has its largest face at `face_box`; return it and a text on the face.
 
-    An image whose middle square is framed about like that stays as it is: the detector is less exact than the people
-    who framed it. If there is no face, it stays as well and the text is empty.
+    If there is no face, the image is returned whole and the text is empty. It is also whole if its middle square is
+    framed nearly so: aligned photos are more exact than the detector.
     """
     faces = find_faces(image)
     if not faces:
@@ -344,7 +347,7 @@ def crop_to_face(image, face_box):
     left, top, size = faces[0]
     text = f"at ({left:.0f}, {top:.0f}), {size:.0f} pixels wide"
     if len(faces) > 1:
-        text += f", the largest of {len(faces)}"
+        text += ", the largest of several"
     side = size / face_box[2]
     left -= face_box[0] * side
     top -= face_box[1] * side
@@ -352,8 +355,10 @@ def crop_to_face(image, face_box):
     shift = max(abs(left + side / 2 - image.width / 2), abs(top + side / 2 - image.height / 2)) / short
     if shift <= 0.06 and 0.88 <= side / short <= 1.18:
         return image, f"{text}: framed as in training"
-    blurred = " (it is small, so expect a blurred picture)" if size < 40 else ""
-    return crop_square(image, round(left), round(top), round(side)), f"{text}: cropped to it{blurred}"
+    if size < 40:
+        text += ", so small that it is blurred"
+    square = [round(left), round(top), round(side)]
+    return crop_square(image, *square), f"{text}: cropped to it ({' '.join(map(str, square))})"
 
 
 def find_faces(image):
@@ -368,7 +373,7 @@ def find_faces(image):
 
 
 def measure_face(grey, box):
-    """Return the mean of the boxes of a face in five copies of its surroundings, or None if less than three show it.
+    """Return the mean of the boxes of a face in five copies of its surroundings, or None if fewer than three show it.
 
     The detector's boxes have sizes that are 20 % apart; the scales of the copies are spread over such a step.
     """
@@ -383,17 +388,18 @@ def measure_face(grey, box):
 def detect_faces(grey, scale):
     """Return the boxes that dlib's detector finds in a grey PIL image when it looks at a copy of some scale."""
     copy = grey.resize([math.ceil(side * scale) for side in grey.size], Image.Resampling.BILINEAR, reducing_gap=2)
-    return [np.array([face.left(), face.top(), face.width()]) / scale for face in face_detector()(np.asarray(copy))]
+    faces = face_detector()(np.asarray(copy)) if face_detector() else []
+    return [np.array([face.left(), face.top(), face.width()]) / scale for face in faces]
 
 
 @functools.cache
 def face_detector():
-    """Return dlib's detector (histograms of oriented gradients, King 2009), or one that finds nothing without dlib."""
+    """Return dlib's detector (histograms of oriented gradients, King 2009); None if dlib is not installed."""
     try:
         import dlib
-    except ImportError:
-        print("Faces cannot be found, as dlib is not installed: pip install dlib-bin")
-        return lambda pixels: []
+    except ImportError as error:
+        print(f"Faces cannot be found ({error}): `pip install dlib-bin` installs what is missing.")
+        return None
     return dlib.get_frontal_face_detector()
 
 

@@ -115,7 +115,8 @@ def main(argv=None):
         raise UserError(f"There is no {error.name}: the first lines of this script tell what to install.") from None
     model, _ = vae.load_checkpoint(CHECKPOINT)
     require(model.config["channels"] == 3, "CHECKPOINT", CHECKPOINT, "a model of colour pictures")
-    images = torch.cat([image for _, image in genpic.load_photos(model, PHOTOS, crop="center")])
+    genpic.CROP = "center"
+    images = torch.cat([image for _, image in genpic.load_photos(model, PHOTOS)])
     require(len(images) > 1, "PHOTOS", PHOTOS, "a folder of several photos")
     mu = torch.cat([model.encode(part)[0] for part in images.split(64)])
     noise = genpic.noise(model, len(images))

@@ -84,12 +84,13 @@ def test_the_cache_follows_names_sizes_times_and_image_size_but_not_the_place(tm
         lambda: os.truncate(folder / "face 001.jpg", 9),
         lambda: (folder / "face 002.jpg").rename(folder / "renamed.jpg"),
         lambda: vars(train).update(IMAGE_SIZE=16),
+        lambda: vars(train).update(CROP="face"),
     ]
     paths = {train.cache_path(vae.find_photos(folder), folder)}
     for change in changes:
         change()
         paths.add(train.cache_path(vae.find_photos(folder), folder))
-    assert len(paths) == 5
+    assert len(paths) == 6
     moved = folder.rename(tmp_path / "moved")
     assert train.cache_path(vae.find_photos(moved), moved) in paths
 
