@@ -173,11 +173,12 @@ def caching():
 
 def starting():
     """`python genpic.py` against what any script with its checkpoint has to do."""
-    vae.save_checkpoint(genpic.CHECKPOINT, vae.VAE(IMAGE_SIZE, hidden_dims=HIDDEN_DIMS))
+    vae.save_checkpoint(genpic.CHECKPOINT, vae.VAE(IMAGE_SIZE, hidden_dims=HIDDEN_DIMS), face_box=train.FACE_BOX)
+    photo = Path(genpic.__file__).with_name("data") / "tested_data/sample.jpg"
     bare = ["-c", f"import torch, torchvision; torch.load({genpic.CHECKPOINT!r}, weights_only=True)"]
     while True:
         one = seconds(run_python, bare)
-        whole = seconds(run_python, [genpic.__file__, "--image", "photos"])
+        whole = seconds(run_python, [genpic.__file__, "--image", str(photo)])
         figures = {"imports and checkpoint, s": one, "genpic.py, s": whole}
         yield figures | {"genpic.py / imports and checkpoint": whole / one}
 
