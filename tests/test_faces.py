@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, generate, refusal, run
 from faces import draw_face
 from PIL import Image, ImageOps
@@ -127,6 +128,13 @@ def test_training_cuts_photos_around_their_faces_and_tells_the_model_where_these
     assert "CROP was face and is center" in refusal(run, *flags, "--crop=center", "--resume")
     run("--epochs=1", "--output-dir=center", "--crop=center", "--no-resume")
     assert vae.load_checkpoint("center/vae_model_1.pth")[1]["face_box"] is None
+
+
+def test_a_face_box_is_stored_if_half_of_the_photos_show_a_face():
+    face = np.asarray(SQUARE.resize((150, 150)))
+    photos = torch.from_numpy(np.stack([face, np.zeros_like(face)]))
+    assert train.find_face_box(photos) == pytest.approx(train.FACE_BOX, abs=0.02)
+    assert train.find_face_box(photos[[0, 1, 1]]) is None
 
 
 def test_the_bundled_model_and_the_tests_agree_on_where_faces_are():
