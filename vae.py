@@ -309,11 +309,13 @@ def read_square(photo, channels, size, crop="center", face_box=None):
 
     "face" without a face_box is "center". Raises UserError if the photo cannot be read or the square reaches beyond it.
     """
+    if crop == "face" and not face_box:
+        crop = "center"
     image = read_image(photo, channels, size if crop == "center" else None)
     face = ""
-    if crop == "face" and face_box:
+    if crop == "face":
         image, face = crop_to_face(image, face_box)
-    elif crop not in ("face", "center"):
+    elif crop != "center":
         left, top, side = map(int, crop.split())
         if left + side > image.width or top + side > image.height:
             raise UserError(f"CROP {crop} reaches beyond {photo}, which has {image.width} x {image.height} pixels.")

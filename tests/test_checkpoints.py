@@ -137,6 +137,7 @@ WRONG = {
     "other size": (STATE, "its own config, or else of the constants at the top of vae.py (Error(s) in loading"),
     "missing": ({"config": CONFIG, "state_dict": {}}, "Missing key(s) in state_dict"),
     "shape": ({"config": CONFIG, "state_dict": {**STATE, "fc_mu.bias": torch.zeros(6)}}, "size mismatch for fc_mu."),
+    "face box": ({"config": CONFIG, "state_dict": STATE, "face_box": [0.2, 0.3, 0.0]}, "no face is at its face_box"),
     "nan": ({"config": CONFIG, "state_dict": {**STATE, "fc_mu.bias": torch.zeros(5) / 0}}, "a weight is not finite"),
 }
 
