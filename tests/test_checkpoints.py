@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, TRAINED, generate, refusal, run
 from torch import nn
 
+import train
 import vae
 from vae import UserError, load_checkpoint, save_checkpoint
 
@@ -51,7 +52,7 @@ def test_the_shipped_checkpoint_describes_itself():
     assert path.stat().st_size < 17e6
     assert "CelebA" in info["about"] and "research" in info["about"]
     assert info["constants"]["EPOCHS"] == 20 and not {"DATA", "OUTPUT_DIR"} & info["constants"].keys()
-    assert model.config == vae.VAE().config
+    assert model.config == vae.VAE().config and model.face_box == list(train.FACE_BOX)
     stored = torch.load(path)["state_dict"]
     assert {stored[name].dtype for name, _ in model.named_parameters()} == {torch.float16}
 
@@ -92,19 +93,13 @@ class Call(tuple):
 
 WRITE = "open('executed', 'w').close()"
 EVIL = {
-    "os.system": Call((os.system, "touch executed")),
     "eval": Call((eval, WRITE)),
-    "exec": Call((exec, WRITE)),
-    "open": Call((open, "executed", "w")),
-    "os.spawnlp": Call((os.spawnlp, os.P_WAIT, "touch", "touch", "executed")),
-    "method": Call((Path("executed").touch,)),
     "pickle in pickle": Call((pickle.loads, pickle.dumps(Call((eval, WRITE))))),
     "nested": {"state_dict": {"fc_mu.weight": {"deep": [(Call((eval, WRITE)),)]}}},
     "in the weights": {"state_dict": {"fc_mu.bias": torch.zeros(1), "more": Call((eval, WRITE))}},
     "beside the weights": {"state": {"epoch": Call((eval, WRITE))}},
     "safe globals": Call((torch.serialization.add_safe_globals, [os.system])),
     "huge model": Call((vae.VAE, 512, 3, [10**5] * 9, 10**4)),
-    "huge layer": Call((nn.Linear, 10**6, 10**6)),
 }
 
 

@@ -19,9 +19,9 @@ import torch, train
 
 seen, learned, step, epoch = [], [], train.train_step, train.train_epoch
 
-def train_step(network, optimizer, images, *more):
+def train_step(network, optimizers, images, *more):
     seen.append([image.sum().item() for image in images.double()])
-    return step(network, optimizer, images, *more)
+    return step(network, optimizers, images, *more)
 
 def train_epoch(run, network):
     result = epoch(run, network)

@@ -12,7 +12,6 @@ from faces import draw_face
 from PIL import Image, ImageOps
 from test_genpic import pictures
 
-import genpic
 import train
 import vae
 
@@ -137,21 +136,5 @@ def test_a_face_box_is_stored_if_half_of_the_photos_show_a_face():
     assert train.find_face_box(photos[[0, 1, 1]]) is None
 
 
-def test_the_bundled_model_and_the_tests_agree_on_where_faces_are():
-    path = ROOT / "checkpoints_best/vae_model_20.pth"
-    if (path.parent / "last.pth").exists():
-        pytest.skip("a run has left its own model there")
-    assert vae.load_checkpoint(path)[1]["face_box"] == list(train.FACE_BOX)
+def test_drawn_faces_are_none():
     assert not any(vae.find_faces(draw_face(seed, size)) for seed in range(40) for size in ((48, 56), (600, 700)))
-
-
-def test_portraits_of_real_life_come_back_better_than_their_middle_squares(tmp_path, capsys):
-    folder = ROOT.parent / "shared/unaligned"
-    if not folder.is_dir():
-        pytest.skip("needs a folder of photos that is not part of this project")
-    for crop in ("center", "face"):
-        genpic.main(
-            ["--mode=reconstruct", "--image", str(folder), "--crop", crop, "--output", str(tmp_path / "grid.png")]
-        )
-    figures = [float(text) for text in re.findall(r"PSNR +(.*) dB, of all", capsys.readouterr().out)]
-    assert figures[1] > figures[0] + 1.8

@@ -2,10 +2,8 @@
 
 import collections
 import io
-import os
 import random
 import re
-import sys
 import zipfile
 from pathlib import Path
 
@@ -57,7 +55,6 @@ TWINS = {  # name: (bytes of the file, what it shows)
     "lzw.tiff": (encode(FACE, "TIFF", compression="tiff_lzw"), FACE),
     "1 bit.png": (encode(FACE.convert("1"), "PNG"), FACE.convert("1")),
     "16 bit.png": (encode(DEEP, "PNG"), GREY),
-    "16 bit.tiff": (encode(DEEP, "TIFF"), GREY),
     "16 bit, big-endian.tiff": (encode(BIG_ENDIAN, "TIFF"), GREY),
     "LA.png": (encode(with_alpha(GREY), "PNG"), OVER_WHITE.convert("L")),
     "RGBA.png": (encode(with_alpha(FACE), "PNG"), OVER_WHITE),
@@ -66,8 +63,6 @@ TWINS = {  # name: (bytes of the file, what it shows)
     "palette with holes.png": (encode(with_alpha(FACE).quantize(), "PNG"), OVER_WHITE),
     "palette with holes.gif": (encode(with_alpha(FACE), "GIF"), OVER_WHITE),
     "frames.gif": (encode(FACE, "GIF", **FRAMES), FACE),
-    "frames.webp": (encode(FACE, "WEBP", **FRAMES), FACE),
-    "bitmap.bmp": (encode(FACE, "BMP"), FACE),
     "lossy.avif": (encode(FACE, "AVIF"), FACE),
     "1x1.png": (encode(FACE.resize((1, 1)), "PNG"), FACE.resize((1, 1))),
     "3000x160.jpg": (encode(FACE.resize((3000, 160)), "JPEG"), FACE.resize((3000, 160))),
@@ -120,17 +115,10 @@ def test_a_run_takes_what_can_be_read_and_names_the_rest(workplace, capsys):
         assert all(BROKEN[name][1] in reason for name, reason in skipped)
 
 
-def test_names_that_are_no_text_are_told_in_printable_characters(workplace, capsys):
-    names = ["line\nbreak", "two  spaces ", "-rf $(touch run) `touch run`", "\N{GRINNING FACE}", "\x1b[31mred\t\r"]
-    names += [os.fsdecode(b"bytes \xff\xfe")] * (sys.platform == "linux")
-    for name in names:
-        Path(f"faces/{name}.jpg").write_bytes(TWINS["grey.jpg"][0])
-        Path(f"faces/broken {name}.jpg").touch()
-    run("--epochs", "1")
-    generate("--mode", "reconstruct")
-    skipped = re.findall(r"^Skipped.* faces/broken (.*)\.jpg cannot be read as", capsys.readouterr().out, re.MULTILINE)
-    assert len(skipped) == 2 * len(names)
-    assert all(name.isprintable() for name in skipped)
+def test_names_that_are_no_text_are_told_in_printable_characters():
+    assert str(vae.Photo(Path("line\nbreak \x1b[31m \udcff \N{GRINNING FACE}.jpg"))) == (
+        "line\\nbreak \\x1b[31m \\udcff \N{GRINNING FACE}.jpg"
+    )
 
 
 def write_zip(path, *names):

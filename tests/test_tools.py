@@ -1,10 +1,9 @@
 """What benchmark.py and judge.py print, as far as it can be known without a face recogniser and a quiet machine."""
 
-import json
 import math
 import re
+import subprocess
 import sys
-from subprocess import PIPE, Popen
 from types import SimpleNamespace
 
 import judge
@@ -12,17 +11,15 @@ import numpy as np
 import pytest
 from conftest import ROOT, TRAINED, generate
 
-TINY = "--count 32 --cached 40 --image-size 32 --hidden-dims 4 --matrix 16 --rounds 0 --device cpu".split()
+TINY = "--count 64 --cached 40 --image-size 32 --hidden-dims 4 --matrix 16 --rounds 0 --device cpu".split()
 
 
-def test_benchmark_prints_lines_and_json():
+def test_benchmark_prints_a_line_for_each_figure():
     command = [sys.executable, ROOT / "tests/benchmark.py", *TINY]
-    runs = [Popen([*command, *flags], stdout=PIPE, text=True) for flags in (["--json"], [])]
-    figures, lines = (run.communicate(timeout=300)[0] for run in runs)
-    figures, lines = json.loads(figures), lines.splitlines()
-    assert [line[:50].strip() for line in lines] == list(figures)
-    assert all(map(math.isfinite, [*figures.values(), *(float(line[50:]) for line in lines)]))
-    assert figures["ratio"] == figures["ours, images/s"] / figures["plain, images/s"] > 0
+    lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300).stdout.splitlines()
+    figures = {line[:50].strip(): float(line[50:]) for line in lines}
+    assert len(figures) > 15 and all(map(math.isfinite, figures.values()))
+    assert figures["ours / plain"] == pytest.approx(figures["ours, images/s"] / figures["plain, images/s"], rel=0.01)
 
 
 @pytest.mark.parametrize("factor", [np.eye(3), np.diag([1, 2, 5]), np.array([[2, 1, 0], [1, 3, 1], [0, 1, 2]])])

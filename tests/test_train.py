@@ -59,10 +59,49 @@ def test_structural_similarity_and_its_gradient_are_those_of_the_paper():
 
 
 def test_schedules_rise_to_their_constants_and_the_learning_rate_falls_to_zero():
-    rates = [train.learning_rate(progress) for progress in (0, 0.025, 0.05, 0.525, 1)]
-    assert rates == pytest.approx([0, 5e-4, 1e-3, 5e-4, 0])
+    assert [train.one_cycle(progress) for progress in (0, 0.025, 0.05, 0.525, 1)] == pytest.approx([0, 0.5, 1, 0.25, 0])
     vars(train).update(EPOCHS=10, KL_WARMUP_EPOCHS=4.0)
     assert [train.kl_weight(epoch / 10) for epoch in (0, 2, 4, 10)] == pytest.approx([0, 0.066, 0.132, 0.132])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(24, 24), (16, 200), (200, 16), (1, 9)])
+def test_orthogonalize_brings_singular_values_close_to_1_and_keeps_their_vectors(shape, dtype):
+    for scale in (1e-6, 1e6):
+        left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+        matrix = (left * torch.linspace(0.1, 1, min(shape)) * scale @ right).to(dtype)
+        values = left.T @ train.orthogonalize(matrix).float() @ right.T
+        assert 0.6 < values.diagonal().min() <= values.diagonal().max() < 1.3
+        torch.testing.assert_close(values, values.diagonal().diag(), atol=0.1, rtol=0)
+
+
+def test_muon_is_close_to_that_of_torch():
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 4, 3, 3), (40, 8), (8, 40))]
+    theirs = [torch.nn.Parameter(weight.detach().flatten(1)) for weight in copy.deepcopy(ours)]
+    settings = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.3}
+    optimizers = train.Muon(ours, settings), torch.optim.Muon(theirs, **settings)
+    for _ in range(6):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.flatten(1)
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.flatten(1) - other).norm() < 0.2 * other.norm()
+
+
+def test_augment_moves_each_photo_by_an_affine_map_of_its_own():
+    vars(train).update(FLIP=False, AUGMENT=0.1)
+    x, y = torch.meshgrid(*(2 * [torch.linspace(-31, 31, 32) / 32]), indexing="xy")
+    ramps = 0.5 + 0.3 * torch.stack([x, y])  # images whose values tell where they come from
+    moved = (train.augment(ramps.expand(200, -1, -1, -1)) - 0.5) / 0.3
+    inner = slice(8, 24)  # what has not come from beyond the edges
+    places = torch.stack([x, y, torch.ones(32, 32)])[:, inner, inner].flatten(1)
+    maps = moved[:, :, inner, inner].flatten(2) @ torch.linalg.pinv(places)
+    torch.testing.assert_close(maps @ places, moved[:, :, inner, inner].flatten(2), atol=0.01, rtol=0)
+    change = (maps - torch.eye(2, 3)).abs()
+    assert 0.09 < change.amax(0).min() <= change.max() < 0.101
+    torch.testing.assert_close(train.augment(torch.ones(9, 1, 16, 16)), torch.ones(9, 1, 16, 16))
 
 
 def test_photos_are_decoded_once(workplace):
@@ -127,11 +166,12 @@ def test_two_photos_are_too_few(workplace):
 
 @pytest.mark.parametrize(("kind", "flip"), [("mse", True), ("ssim", True), ("bce", False)])
 def test_a_step_is_that_of_the_formulas(kind, flip):
-    vars(train).update(RECONSTRUCTION=kind, FLIP=flip, EPOCHS=10, KL_WARMUP_EPOCHS=5.0, AMP=False)
+    vars(train).update(RECONSTRUCTION=kind, FLIP=flip, EPOCHS=10, KL_WARMUP_EPOCHS=5.0, AMP=False, AUGMENT=0.0)
     model = vae.VAE(16, 1, [4], 3)
     other = copy.deepcopy(model)
     images = torch.rand(6, 1, 16, 16)
-    sums = train.train_step(model, torch.optim.SGD(model.parameters(), lr=123.0), images, global_step=77, progress=0.25)
+    sgd = [torch.optim.SGD([{"params": model.parameters(), "initial_lr": 1e-3}], lr=123.0)]
+    sums = train.train_step(model, sgd, images, global_step=77, progress=0.25)
     torch.manual_seed(train.seed_of(b"step", 77, 0))
     if flip:
         images = torch.where(torch.rand(6, 1, 1, 1) < 0.5, images.flip(3), images)
@@ -142,7 +182,7 @@ def test_a_step_is_that_of_the_formulas(kind, flip):
     loss = reconstruction + 0.5 * 0.132 * kl
     loss.mean().backward()
     torch.testing.assert_close(sums, torch.stack([loss.sum(), reconstruction.sum(), kl.sum(), torch.tensor(6.0)]))
-    torch.optim.SGD(other.parameters(), lr=train.learning_rate(0.25)).step()
+    torch.optim.SGD(other.parameters(), lr=1e-3 * train.one_cycle(0.25)).step()
     torch.testing.assert_close([*model.parameters()], [*other.parameters()])
 
 
@@ -152,7 +192,7 @@ def test_each_epoch_takes_all_photos_in_another_order(workplace, monkeypatch):
     photos = train.load_photos(torch.device("cpu")).permute(0, 3, 1, 2) / 255
     taken = []
 
-    def record(network, optimizer, images, *more):
+    def record(network, optimizers, images, *more):
         taken.append([(photos == image).all((1, 2, 3)).nonzero().item() for image in images])
         return torch.ones(4)
 
