@@ -107,7 +107,9 @@ def kl_divergence(mu, log_var):
 # Schedules: functions of the progress, the share in [0, 1] of the run's steps that is done
 def one_cycle(progress):
     """Share of the peak learning rate: a linear rise to 1 over the first 5 % of the run, then a parabola down to 0."""
-    return progress / 0.05 if progress < 0.05 else ((1 - progress) / 0.95) ** 2
+    if progress < 0.05:
+        return progress / 0.05
+    return ((1 - progress) / 0.95) ** 2
 
 
 def kl_weight(progress):
@@ -133,10 +135,10 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(weight)
                 mean = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
                 matrix = weight.grad.lerp(mean, group["momentum"]).flatten(1)
-                rows, columns = matrix.shape
-                update = orthogonalize(matrix.to(precision(weight.device))).reshape(weight.shape)
+                with autocast(weight.device):
+                    update = orthogonalize(matrix).reshape(weight.shape)
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                weight.add_(update, alpha=-group["lr"] * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5)
 
 
 def orthogonalize(matrix):
@@ -296,7 +298,6 @@ def reuse_freed_memory():
         library.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
-@functools.cache
 def has_bfloat16(device):
     """Whether the hardware computes in bfloat16 itself; emulation would be slower than float32."""
     if device.type == "cuda":
@@ -305,14 +306,9 @@ def has_bfloat16(device):
     return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def precision(device):
-    """Return the type that products are computed in: bfloat16 if AMP and the hardware allow it, else float32."""
-    return torch.bfloat16 if AMP and has_bfloat16(device) else torch.float32
-
-
 def autocast(device):
-    """Return the context that the model runs in, with products in that precision."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == torch.bfloat16)
+    """Return the context that products are computed in: bfloat16 if AMP and the hardware allow it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=AMP and has_bfloat16(device))
 
 
 def set_up_device():
@@ -336,7 +332,7 @@ class Run:
     """What a run works with, and how far it is."""
 
     model: vae.VAE
-    optimizers: list  # Muon and Adam
+    optimizers: tuple  # Muon and Adam
     device: torch.device
     photos: torch.Tensor  # uint8 (N, H, W, C)
     train_set: torch.Tensor  # indices of photos
@@ -691,13 +687,13 @@ def check_settings():
 def describe_run(run):
     """Print what is about to happen: the split, the model, the machine, and where a resumed run continues."""
     name = torch.cuda.get_device_name() if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    dtype = str(precision(run.device)).removeprefix("torch.")
+    precision = "bfloat16" if AMP and has_bfloat16(run.device) else "float32"
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     print(f"Split       {len(run.train_set):,} to train on, {len(run.val_set):,} to validate on")
     print(f"Model       {IMAGE_SIZE}x{IMAGE_SIZE}x{CHANNELS}, latent {LATENT_DIM}, {parameters:,} parameters")
     if RESUME:
         print(f"Resuming    after {run.epoch} of {EPOCHS} epochs and {run.step} steps of the next")
-    print(f"Device      {world_size} x {run.device.type} ({name}), {dtype}, batches of {BATCH_SIZE}", flush=True)
+    print(f"Device      {world_size} x {run.device.type} ({name}), {precision}, batches of {BATCH_SIZE}", flush=True)
 
 
 def describe_result(run):

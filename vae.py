@@ -199,8 +199,10 @@ def read_checkpoint(path):
     layers = (nn.Sequential, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.LeakyReLU, nn.Linear, nn.Sigmoid)
     shells = [(Shell, f"{layer.__module__}.{layer.__name__}") for layer in layers]
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch.load ignores the checksums
-            raise ValueError
+        if zipfile.is_zipfile(path):  # torch.load ignores checksums, and makes up what is marked as a folder
+            archive = zipfile.ZipFile(path)
+            if archive.testzip() or any(entry.external_attr & 16 for entry in archive.infolist()):
+                raise ValueError
         with torch.serialization.safe_globals([(Shell, "vae.VAE"), *shells]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whatever the zip reader and the unpickler stumble over
