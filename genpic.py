@@ -48,17 +48,15 @@ def load_photo(model, photo):
 def load_photos(model, place):
     """Yield (Photo, image (1, C, H, W)) of all readable photos at a place; raises UserError if there are none."""
     photos = vae.find_photos(place)
-    readable = 0
+    readable = False
     for photo in photos:
         try:
-            image = load_photo(model, photo)
+            yield photo, load_photo(model, photo)
+            readable = True
         except UserError as error:
             if len(photos) == 1:
                 raise
             print(f"Skipped     {error}")
-        else:
-            readable += 1
-            yield photo, image
     if not readable:
         raise UserError(f"There is no readable photo in {place}: put one there, or name another.")
 

@@ -47,12 +47,12 @@ RESUME: bool = False  # continue the run that OUTPUT_DIR/last.pth holds
 CROP: str = "center"  # the square of a photo to use: "center", "face" (the one around it), or "LEFT TOP SIZE" in pixels
 VAL_FRACTION: float = 0.05  # share of the photos held out for validation; more gives steadier validation figures
 FLIP: bool = True  # mirror half of the photos at random; turn off if left and right differ in meaning
-AUGMENT: float = 0.03  # turn, stretch and shift photos at random, by up to this share of half their side; 0: not at all
+AUGMENT: float = 0.03  # turn, shear, stretch and shift photos, each by up to this share of half their side; 0: no
 
 # How the model learns
 EPOCHS: int = 20  # passes over the photos; also the number in the checkpoint's name
 BATCH_SIZE: int = 32  # photos per step, on all GPUs together; raise it on large ones, lower it if memory runs out
-LEARNING_RATE: float = 0.03  # Muon's peak step size, reached after 5 % of the run; lower it if the loss jumps about
+LEARNING_RATE: float = 0.03  # peak step size of Muon (Adam's is a 30th); lower it if the loss jumps about
 RECONSTRUCTION: str = "ssim"  # "mse" squared error, "ssim" also structure, "bce" cross-entropy
 BETA: float = 0.132  # weight of the KL divergence in nats; higher: plainer samples, blurrier photos
 KL_WARMUP_EPOCHS: float = 0.0  # epochs over which the KL weight grows from 0; a few help if latents stay unused
@@ -106,10 +106,8 @@ def kl_divergence(mu, log_var):
 
 # Schedules: functions of the progress, the share in [0, 1] of the run's steps that is done
 def one_cycle(progress):
-    """Share of the peak learning rate: a linear rise to 1 over the first 5 % of the run, then a parabola down to 0."""
-    if progress < 0.05:
-        return progress / 0.05
-    return ((1 - progress) / 0.95) ** 2
+    """Share of the peak learning rate: a linear rise over the first 5 % of the run, then a fall to 0, fast at first."""
+    return min(progress / 0.05, ((1 - progress) / 0.95) ** 1.5)
 
 
 def kl_weight(progress):
@@ -121,8 +119,7 @@ def kl_weight(progress):
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized, with decoupled weight decay (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    A weight (M, ...) counts as a matrix of M rows. Unlike torch.optim.Muon, it takes convolutions, needs no bfloat16,
-    and makes fewer products with the long matrices.
+    A weight (M, ...) counts as a matrix of M rows. torch.optim.Muon takes no convolutions, and is slower on a CPU.
     """
 
     @torch.no_grad()
@@ -130,10 +127,9 @@ class Muon(torch.optim.Optimizer):
         """Move each weight against the orthogonalized Nesterov momentum of its gradients."""
         for group in self.param_groups:
             for weight in group["params"]:
-                state = self.state[weight]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(weight)
-                mean = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
+                if weight not in self.state:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+                mean = self.state[weight]["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
                 matrix = weight.grad.lerp(mean, group["momentum"]).flatten(1)
                 with autocast(weight.device):
                     update = orthogonalize(matrix).reshape(weight.shape)
@@ -142,7 +138,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix):
-    """Bring the singular values of a matrix (M, N) close to 1: most to between 0.7 and 1.2, the smallest less far.
+    """Bring the singular values of a matrix (M, N) close to 1: most to between 0.65 and 1.2, the smallest less far.
 
     Four Newton-Schulz iterations X -> P X, where P = a I + b X X^T + c (X X^T)^2 with the coefficients of Jordan et al.
     As all P commute with X X^T, two iterations at a time need no product with X itself; in bfloat16, more are unstable.
@@ -150,7 +146,7 @@ def orthogonalize(matrix):
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalize(matrix.T).T
     gram = matrix @ matrix.T
-    norm = gram.norm().clamp_min(1e-30)  # no less than the square of the largest singular value
+    norm = gram.norm().clamp_min(1e-15)  # at least the largest singular value, squared; smaller ones would underflow
     matrix = newton_schulz(gram / norm) @ matrix * norm.rsqrt()
     return newton_schulz(matrix @ matrix.T) @ matrix
 
@@ -172,7 +168,7 @@ def optimizers_of(model):
     """Return Muon for the weight matrices of a VAE, and Adam for its first and last layer, biases and BatchNorm."""
     _, *inner, _ = (weight for weight in model.parameters() if weight.ndim > 1)
     others = [parameter for parameter in model.parameters() if parameter not in {*inner}]
-    muon = Muon([{"params": inner, "initial_lr": LEARNING_RATE}], {"momentum": 0.95, "weight_decay": 0.1})
+    muon = Muon([{"params": inner, "initial_lr": LEARNING_RATE}], {"momentum": 0.95, "weight_decay": 0.03})
     return muon, torch.optim.Adam([{"params": others, "initial_lr": LEARNING_RATE / 30}], fused=True)
 
 
@@ -358,7 +354,7 @@ def new_run(settings, device):
 
 # Step, epoch, validation
 def augment(images):
-    """Return images (B, C, H, W) as FLIP and AUGMENT ask: some mirrored, each moved by an affine map of its own."""
+    """Mirror half of the images (B, C, H, W), if FLIP, and move each by an affine map of its own, as AUGMENT says."""
     if FLIP:
         mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
         images = torch.where(mirrored, images.flip(3), images)
@@ -415,18 +411,13 @@ def train_epoch(run, network):
         run.step += 1
         is_due = run.step % 50 == 0 or run.step == len(batches)  # looking at each loss would make the GPU wait
         if rank == 0 and is_due and not sums[0].isfinite():  # gradients are averaged, so rank 0 sees all
-            raise diverged(f"The loss at step {run.step} of epoch {run.epoch + 1}")
+            raise UserError(f"The loss at step {run.step} of epoch {run.epoch + 1} is not finite: lower LEARNING_RATE.")
         if stop_signals:
             break
     if world_size > 1:
         distributed.all_reduce(sums)
     run.sums = sums.tolist()
     return seen / (time.perf_counter() - start)
-
-
-def diverged(what):
-    """Return the UserError that ends a run in which `what` has grown out of bounds."""
-    return UserError(f"{what} is not finite: start a new run with a lower LEARNING_RATE.")
 
 
 @torch.inference_mode()
@@ -468,7 +459,7 @@ def finish_epoch(run, speed):
     try:
         run.model.fit_prior(mu, log_var)
     except torch.linalg.LinAlgError:
-        raise diverged(f"The covariance of the codes of epoch {run.epoch + 1}") from None
+        raise UserError(f"The codes of epoch {run.epoch + 1} are out of bounds: lower LEARNING_RATE.") from None
     active = (mu.var(0, correction=0) > 0.01).sum().item()  # Burda et al. 2016, arXiv:1509.00519, section 5.2
     mu, log_var = encode(run, run.val_set)
     *sums, seen = run.sums
@@ -549,7 +540,7 @@ def resume(run):
     path = Path(OUTPUT_DIR, "last.pth")
     model, info = vae.load_checkpoint(path)
     if "optimizers" not in info:
-        raise UserError(f"{path} is not the last.pth of a run: start a new one without --resume.")
+        raise UserError(f"{path} is not the last.pth of a run of this version: start a new one without --resume.")
     then = info["constants"]
     changes = [name for name in then if name in run.settings.keys() - MAY_CHANGE and then[name] != run.settings[name]]
     if changes:
@@ -670,7 +661,7 @@ def check_settings():
     require(EPOCHS >= 1, "EPOCHS", EPOCHS, "at least 1")
     fits = 2 * world_size <= BATCH_SIZE and BATCH_SIZE % world_size == 0
     require(fits, "BATCH_SIZE", BATCH_SIZE, f"at least 2 for each process, and a multiple of {world_size}")
-    require(0 <= AUGMENT < 1, "AUGMENT", AUGMENT, "at least 0 and less than 1")
+    require(0 <= AUGMENT <= 0.5, "AUGMENT", AUGMENT, "from 0 to 0.5")
     require(0 < LEARNING_RATE < math.inf, "LEARNING_RATE", LEARNING_RATE, "a positive number")
     require(RECONSTRUCTION in ("mse", "ssim", "bce"), "RECONSTRUCTION", RECONSTRUCTION, '"mse", "ssim" or "bce"')
     require(0 <= BETA < math.inf, "BETA", BETA, "at least 0")

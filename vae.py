@@ -59,6 +59,8 @@ class VAE(nn.Module):
         self.feature_shape = (hidden_dims[-1], side, side)
         up = hidden_dims[::-1]
 
+        encoder_stage = functools.partial(stage, nn.Conv2d)
+        decoder_stage = functools.partial(stage, nn.ConvTranspose2d, output_padding=1)
         self.encoder = nn.Sequential(*map(encoder_stage, [channels, *hidden_dims], hidden_dims))
         self.fc_mu = nn.Linear(math.prod(self.feature_shape), latent_dim)
         self.fc_var = nn.Linear(math.prod(self.feature_shape), latent_dim)
@@ -116,24 +118,11 @@ class VAE(nn.Module):
         self.latent_scale.copy_(torch.linalg.cholesky(covariance))
 
 
-def encoder_stage(inputs, outputs):
-    """Return a stage (B, inputs, H, W) -> (B, outputs, ceil(H / 2), ceil(W / 2))."""
-    return stage(nn.Conv2d(inputs, outputs, kernel_size=3, stride=2, padding=1))
-
-
-def decoder_stage(inputs, outputs):
-    """Return a stage (B, inputs, H, W) -> (B, outputs, 2 H, 2 W)."""
-    return stage(nn.ConvTranspose2d(inputs, outputs, kernel_size=3, stride=2, padding=1, output_padding=1))
-
-
-def stage(convolution):
-    """Return a convolution followed by BatchNorm and LeakyReLU.
-
-    The convolution's bias is frozen: BatchNorm subtracts it again, so its gradient is zero, and on a CPU computing
-    that zero takes a fifth of the training time.
-    """
-    convolution.bias.requires_grad_(False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(convolution.out_channels), nn.LeakyReLU(inplace=True))
+def stage(convolution, inputs, outputs, **options):
+    """Return a convolution (a class), which halves or doubles the side, followed by BatchNorm and LeakyReLU."""
+    layer = convolution(inputs, outputs, kernel_size=3, stride=2, padding=1, **options)
+    layer.bias.requires_grad_(False)  # BatchNorm subtracts it: computing its gradient, zero, takes a fifth of a step
+    return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.LeakyReLU(inplace=True))
 
 
 def psnr(squared_error, count):
@@ -167,7 +156,7 @@ def load_checkpoint(path, device="cpu"):
     """
     content = read_checkpoint(path)
     try:
-        if isinstance(content, Shell):
+        if isinstance(content, nn.Module):
             content = content.state_dict()
         info = dict(content) if "state_dict" in content else {"state_dict": content}
         state_dict = dict(info.pop("state_dict"))
@@ -190,27 +179,23 @@ def load_checkpoint(path, device="cpu"):
 
 
 def read_checkpoint(path):
-    """Return what torch.save has written to a file: tensors, plain types and Shells. Raises UserError."""
+    """Return what torch.save has written to a file: tensors, plain types and modules. Raises UserError."""
     if not Path(path).is_file():
         raise UserError(f"There is no checkpoint {path}: `python train.py` makes one, --checkpoint names another.")
     with open(path, "rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
             raise UserError(f"{path} is a Git LFS pointer: `git lfs pull` fetches the checkpoint.")
     layers = (nn.Sequential, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.LeakyReLU, nn.Linear, nn.Sigmoid)
-    shells = [(Shell, f"{layer.__module__}.{layer.__name__}") for layer in layers]
+    shells = [(nn.Module, f"{layer.__module__}.{layer.__name__}") for layer in layers]  # their weights, no methods
     try:
         if zipfile.is_zipfile(path):  # torch.load ignores checksums, and makes up what is marked as a folder
             archive = zipfile.ZipFile(path)
             if archive.testzip() or any(entry.external_attr & 16 for entry in archive.infolist()):
                 raise ValueError
-        with torch.serialization.safe_globals([(Shell, "vae.VAE"), *shells]):
+        with torch.serialization.safe_globals([(nn.Module, "vae.VAE"), *shells]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whatever the zip reader and the unpickler stumble over
         raise UserError(f"{path} is damaged, or no checkpoint of tensors and plain Python types.") from None
-
-
-class Shell(nn.Module):
-    """Takes the place of every layer in a pickled module: it has the layer's weights and none of its methods."""
 
 
 # Photos: files, and what is in .zip archives and .npy arrays
@@ -469,8 +454,6 @@ def parse_flags(constants, argv=None):
     Every annotated constant is a flag. Its help is the comment beside it, here or in the script.
     """
     options = {
-        int: {"type": int},
-        float: {"type": float},
         str: {"type": os.path.expanduser},
         bool: {"action": argparse.BooleanOptionalAction},
         list[int]: {"type": int, "nargs": "+"},
@@ -485,7 +468,8 @@ def parse_flags(constants, argv=None):
         flag = f"--{name.lower().replace('_', '-')}"  # --output-dir for OUTPUT_DIR
         comment = comments.get(name, "").replace("%", "%%")
         line = f"{comment} (default: %(default)s)"
-        parser.add_argument(flag, dest=name, default=constants[name], help=line, **options[annotations[name]])
+        kind = options.get(annotations[name], {"type": annotations[name]})
+        parser.add_argument(flag, dest=name, default=constants[name], help=line, **kind)
     with suppress(AttributeError):  # of a notebook; elsewhere a file name may hold what the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     settings = vars(parser.parse_args(argv))

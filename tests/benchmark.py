@@ -142,13 +142,13 @@ def ours():
         figures = {"ours, images/s": rate, "epoch on photos / on one batch in memory": from_memory / rate}
         loading = (len(load_images(run.photos, batch, run.device)) for batch in train.batches_of(run.train_set, 0))
         figures["loading photos, share of an epoch"] = seconds(list, loading) * rate / len(run.train_set)
-        optimizing = seconds(lambda: [optimizer.step() for optimizer in run.optimizers])
-        figures["optimizers, share of an epoch"] = optimizing * rate / BATCH_SIZE
         run.model.eval()
         psnr = []
         for train.AMP in (False, True):
             psnr.append(train.evaluate(run, *train.encode(run, run.val_set))["val_psnr"])
         figures["validation PSNR in bfloat16 - in float32, dB"] = psnr[1] - psnr[0]
+        optimizing = seconds(lambda: [optimizer.step() for optimizer in run.optimizers])
+        figures["optimizers, share of an epoch"] = optimizing * rate / BATCH_SIZE
         generation = seconds(torch.inference_mode()(genpic.decode), run.model, genpic.noise(run.model, 256))
         yield figures | {"generation, images/s": 256 / generation}
 

@@ -19,7 +19,7 @@ import vae
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
-    "--image-size=32 --hidden-dims 8 16 --latent-dim=8 --batch-size=8 --learning-rate=0.01 --device=cpu "
+    "--image-size=32 --hidden-dims 8 16 --latent-dim=8 --batch-size=8 --learning-rate=0.1 --device=cpu "
     "--reconstruction=mse"  # from which so small a model learns most in a few steps
 ).split()
 TRAINED = "checkpoints_best/vae_model_8.pth"

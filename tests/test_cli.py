@@ -102,8 +102,9 @@ def test_every_constant_is_a_flag_with_its_comment_and_default(script, capsys):
 
 @pytest.mark.parametrize(
     "flags",
-    "--epochs 0, --batch-size 1, --learning-rate nan, --beta -1, --val-fraction 1, --seed -1, --reconstruction l1, "
-    "--kl-warmup-epochs 21, --device tpu, --image-size 8, --channels 2, --hidden-dims 8 0".split(", "),
+    "--epochs 0, --batch-size 1, --augment 0.6, --learning-rate nan, --beta -1, --val-fraction 1, --seed -1, "
+    "--kl-warmup-epochs 21, --reconstruction l1, --device tpu, --image-size 8, --channels 2, "
+    "--hidden-dims 8 0".split(", "),
 )
 def test_constants_that_cannot_be_are_refused_before_anything_is_written(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -59,23 +59,32 @@ def test_structural_similarity_and_its_gradient_are_those_of_the_paper():
 
 
 def test_schedules_rise_to_their_constants_and_the_learning_rate_falls_to_zero():
-    assert [train.one_cycle(progress) for progress in (0, 0.025, 0.05, 0.525, 1)] == pytest.approx([0, 0.5, 1, 0.25, 0])
+    shares = [train.one_cycle(progress) for progress in (0, 0.025, 0.05, 0.525, 1)]
+    assert shares == pytest.approx([0, 0.5, 1, 0.5**1.5, 0])
     vars(train).update(EPOCHS=10, KL_WARMUP_EPOCHS=4.0)
     assert [train.kl_weight(epoch / 10) for epoch in (0, 2, 4, 10)] == pytest.approx([0, 0.066, 0.132, 0.132])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(24, 24), (16, 200), (200, 16), (1, 9)])
-def test_orthogonalize_brings_singular_values_close_to_1_and_keeps_their_vectors(shape, dtype):
-    for scale in (1e-6, 1e6):
-        left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
-        matrix = (left * torch.linspace(0.1, 1, min(shape)) * scale @ right).to(dtype)
-        values = left.T @ train.orthogonalize(matrix).float() @ right.T
-        assert 0.6 < values.diagonal().min() <= values.diagonal().max() < 1.3
-        torch.testing.assert_close(values, values.diagonal().diag(), atol=0.1, rtol=0)
+def test_orthogonalize_maps_singular_values_by_four_polynomials(shape):
+    left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    values = torch.linspace(1, 0.003, min(shape))
+    expected = values / values.pow(4).sum() ** 0.25
+    for _ in range(4):
+        expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
+    matrix = left * values @ right
+    expected = left * expected @ right
+    for scale in (1e-6, 1, 1e6):
+        torch.testing.assert_close(train.orthogonalize(scale * matrix), expected, atol=1e-3, rtol=0)
+    rounded = train.orthogonalize(matrix.bfloat16()).float()
+    assert (rounded - expected).norm() < 0.1 * expected.norm()
+    for exponent in range(-40, 9):  # no less than a gradient that vanishes
+        assert torch.linalg.matrix_norm(train.orthogonalize(matrix * 10.0**exponent), 2) < 1.3
 
 
-def test_muon_is_close_to_that_of_torch():
+def test_muon_is_that_of_torch(monkeypatch):
+    newton_schulz = torch.optim._muon._zeropower_via_newtonschulz
+    monkeypatch.setattr(train, "orthogonalize", lambda matrix: newton_schulz(matrix, (3.4445, -4.7750, 2.0315), 5, 0.0))
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 4, 3, 3), (40, 8), (8, 40))]
     theirs = [torch.nn.Parameter(weight.detach().flatten(1)) for weight in copy.deepcopy(ours)]
     settings = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.3}
@@ -87,10 +96,11 @@ def test_muon_is_close_to_that_of_torch():
         for optimizer in optimizers:
             optimizer.step()
     for one, other in zip(ours, theirs, strict=True):
-        assert (one.flatten(1) - other).norm() < 0.2 * other.norm()
+        torch.testing.assert_close(one.flatten(1), other)
 
 
 def test_augment_moves_each_photo_by_an_affine_map_of_its_own():
+    torch.manual_seed(0)
     vars(train).update(FLIP=False, AUGMENT=0.1)
     x, y = torch.meshgrid(*(2 * [torch.linspace(-31, 31, 32) / 32]), indexing="xy")
     ramps = 0.5 + 0.3 * torch.stack([x, y])  # images whose values tell where they come from
@@ -99,8 +109,11 @@ def test_augment_moves_each_photo_by_an_affine_map_of_its_own():
     places = torch.stack([x, y, torch.ones(32, 32)])[:, inner, inner].flatten(1)
     maps = moved[:, :, inner, inner].flatten(2) @ torch.linalg.pinv(places)
     torch.testing.assert_close(maps @ places, moved[:, :, inner, inner].flatten(2), atol=0.01, rtol=0)
-    change = (maps - torch.eye(2, 3)).abs()
-    assert 0.09 < change.amax(0).min() <= change.max() < 0.101
+    change = maps - torch.eye(2, 3)
+    assert change.abs().max() < 0.103
+    assert change.amax(0).min() > 0.09 and change.amin(0).max() < -0.09
+    black_and_white = train.augment(torch.rand(9, 1, 16, 16).round())
+    assert black_and_white.min() == 0 and black_and_white.max() == 1
     torch.testing.assert_close(train.augment(torch.ones(9, 1, 16, 16)), torch.ones(9, 1, 16, 16))
 
 
@@ -164,9 +177,9 @@ def test_two_photos_are_too_few(workplace):
     assert "2 usable photos are too few" in refusal(run, "--data", "few")
 
 
-@pytest.mark.parametrize(("kind", "flip"), [("mse", True), ("ssim", True), ("bce", False)])
-def test_a_step_is_that_of_the_formulas(kind, flip):
-    vars(train).update(RECONSTRUCTION=kind, FLIP=flip, EPOCHS=10, KL_WARMUP_EPOCHS=5.0, AMP=False, AUGMENT=0.0)
+@pytest.mark.parametrize(("kind", "flip", "share"), [("mse", True, 0.0), ("ssim", True, 0.0), ("bce", False, 0.1)])
+def test_a_step_is_that_of_the_formulas(kind, flip, share):
+    vars(train).update(RECONSTRUCTION=kind, FLIP=flip, EPOCHS=10, KL_WARMUP_EPOCHS=5.0, AMP=False, AUGMENT=share)
     model = vae.VAE(16, 1, [4], 3)
     other = copy.deepcopy(model)
     images = torch.rand(6, 1, 16, 16)
@@ -175,6 +188,8 @@ def test_a_step_is_that_of_the_formulas(kind, flip):
     torch.manual_seed(train.seed_of(b"step", 77, 0))
     if flip:
         images = torch.where(torch.rand(6, 1, 1, 1) < 0.5, images.flip(3), images)
+    if share:
+        images = train.augment(images)
     mu, log_var = other.encode(images)
     recon = other.decode(mu + torch.exp(log_var / 2) * torch.randn_like(mu))
     reconstruction = train.reconstruction_loss(recon, images, kind)
@@ -205,7 +220,7 @@ def test_each_epoch_takes_all_photos_in_another_order(workplace, monkeypatch):
 
 
 def test_golden_run(workplace):
-    """The losses of a short run: another term, schedule, order of photos or flip changes each by 1 % or more."""
+    """The losses of a short run: another term, schedule, order of photos or flip changes them by more than 0.1 %."""
     recipe = "--reconstruction=ssim --kl-warmup-epochs=2 --beta=0.5 --learning-rate=0.03 --no-amp".split()
     run("--epochs", "3", "--output-dir", "golden", *recipe)
     with open("golden/history.csv") as file:
@@ -219,7 +234,7 @@ def test_golden_run(workplace):
 def test_a_loss_that_explodes_ends_the_run_with_a_sentence(workplace, kind):
     before = Path(TRAINED).read_bytes()
     said = refusal(run, "--epochs", "8", "--learning-rate", "1e12", "--reconstruction", kind)
-    assert "The loss at step 5 of epoch 1 is not finite: start a new run with a lower LEARNING_RATE" in said
+    assert "The loss at step 5 of epoch 1 is not finite: lower LEARNING_RATE" in said
     assert Path(TRAINED).read_bytes() == before
 
 
@@ -265,7 +280,7 @@ def test_the_checkpoint_holds_the_best_epoch_and_describes_itself(workplace):
     assert best["epoch"] < 3
     _, info = vae.load_checkpoint("out/vae_model_3.pth")
     assert [info[name] for name in rows.dtype.names] == list(best)
-    assert info["constants"]["LEARNING_RATE"] == 0.01
+    assert info["constants"]["LEARNING_RATE"] == 0.1
     assert not {"DATA", "OUTPUT_DIR"} & info["constants"].keys()  # it may go to others
     new = finished_run("out/vae_model_3.pth")
     assert train.evaluate(new, *train.encode(new, new.val_set))["val_loss"] == pytest.approx(best["val_loss"], rel=1e-4)
