@@ -240,7 +240,7 @@ def test_a_loss_that_explodes_ends_the_run_with_a_sentence(workplace, kind):
 
 def test_codes_that_explode_end_the_run_with_a_sentence(workplace):
     draw_faces(Path("few"), 5)
-    flags = ["--data", "few", "--epochs", "6", "--latent-dim", "64", "--learning-rate", "100"]
+    flags = ["--data", "few", "--epochs", "6", "--latent-dim", "64", "--learning-rate", "1e5"]
     assert "lower LEARNING_RATE" in refusal(run, *flags)
 
 
@@ -274,16 +274,25 @@ def test_files_of_a_run(trained):
 
 
 def test_the_checkpoint_holds_the_best_epoch_and_describes_itself(workplace):
-    run("--epochs", "3", "--reconstruction", "ssim", "--no-amp", "--output-dir", "out")
+    run("--epochs", "3", "--reconstruction", "ssim", "--learning-rate", "1", "--no-amp", "--output-dir", "out")
     rows = np.genfromtxt("out/history.csv", delimiter=",", names=True)
     best = rows[rows["val_loss"].argmin()]
     assert best["epoch"] < 3
     _, info = vae.load_checkpoint("out/vae_model_3.pth")
     assert [info[name] for name in rows.dtype.names] == list(best)
-    assert info["constants"]["LEARNING_RATE"] == 0.1
+    assert info["constants"]["LEARNING_RATE"] == 1
     assert not {"DATA", "OUTPUT_DIR"} & info["constants"].keys()  # it may go to others
     new = finished_run("out/vae_model_3.pth")
     assert train.evaluate(new, *train.encode(new, new.val_set))["val_loss"] == pytest.approx(best["val_loss"], rel=1e-4)
+
+
+def test_batch_norm_has_the_statistics_of_the_weights_as_they_are(workplace):
+    run("--epochs", "1", "--no-amp", "--output-dir", "out")
+    new = finished_run("out/vae_model_1.pth")
+    convolution, norm, _ = new.model.encoder[0]
+    batches = [train.load_images(new.photos, batch, new.device) for batch in train.batches_of(new.train_set, 0)]
+    means = [convolution(images).mean((0, 2, 3)) for images in batches]
+    torch.testing.assert_close(norm.running_mean, torch.stack(means).mean(0))
 
 
 def test_the_prior_is_fitted_to_the_codes_of_the_training_photos(workplace):
