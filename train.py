@@ -165,7 +165,7 @@ def polynomial(gram):
 
 
 def optimizers_of(model):
-    """Return Muon for the weight matrices of a VAE, and Adam for its first and last layer, biases and BatchNorm."""
+    """Return Muon for the inner weights of a VAE, and Adam for its first and last layer, biases and BatchNorm."""
     _, *inner, _ = (weight for weight in model.parameters() if weight.ndim > 1)
     others = [parameter for parameter in model.parameters() if parameter not in {*inner}]
     muon = Muon([{"params": inner, "initial_lr": LEARNING_RATE}], {"momentum": 0.95, "weight_decay": 0.03})

@@ -119,7 +119,10 @@ class VAE(nn.Module):
 
 
 def stage(convolution, inputs, outputs, **options):
-    """Return a convolution (a class), which halves or doubles the side, followed by BatchNorm and LeakyReLU."""
+    """Return a convolution, BatchNorm and LeakyReLU: (B, inputs, H, W) -> (B, outputs, ...).
+
+    Of the classes, nn.Conv2d halves the sides and rounds up, nn.ConvTranspose2d with output_padding=1 doubles them.
+    """
     layer = convolution(inputs, outputs, kernel_size=3, stride=2, padding=1, **options)
     layer.bias.requires_grad_(False)  # BatchNorm subtracts it: computing its gradient, zero, takes a fifth of a step
     return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.LeakyReLU(inplace=True))
