@@ -420,14 +420,6 @@ def train_epoch(run, network):
     return seen / (time.perf_counter() - start)
 
 
-def refresh_batch_norm(run):
-    """Measure BatchNorm's statistics for the weights of now; the running ones lag behind while the rate is high."""
-    batches = batches_of(run.train_set, run.epoch)[:8]
-    torch.manual_seed(seed_of(b"norm", run.epoch))  # for the z that are drawn
-    with autocast(run.device):
-        torch.optim.swa_utils.update_bn((load_images(run.photos, batch, run.device) for batch in batches), run.model)
-
-
 @torch.inference_mode()
 def encode(run, indices):
     """Return mu, log_var (N, L) each, of the photos at `indices`."""
@@ -647,7 +639,6 @@ def train(run):
             command = shlex.join(["python", *sys.argv])
             print(f"Stopped     in epoch {run.epoch + 1}. To continue: {command} --resume", flush=True)
             raise SystemExit(128 + stop_signals[0])
-        refresh_batch_norm(run)  # by all ranks, as SyncBatchNorm needs them
         if rank == 0:
             finish_epoch(run, speed)
         run.epoch += 1

@@ -125,7 +125,8 @@ def stage(convolution, inputs, outputs, **options):
     """
     layer = convolution(inputs, outputs, kernel_size=3, stride=2, padding=1, **options)
     layer.bias.requires_grad_(False)  # BatchNorm subtracts it: computing its gradient, zero, takes a fifth of a step
-    return nn.Sequential(layer, nn.BatchNorm2d(outputs), nn.LeakyReLU(inplace=True))
+    norm = nn.BatchNorm2d(outputs, momentum=0.3)  # with less, its running statistics lag behind Muon's large steps
+    return nn.Sequential(layer, norm, nn.LeakyReLU(inplace=True))
 
 
 def psnr(squared_error, count):

@@ -286,15 +286,6 @@ def test_the_checkpoint_holds_the_best_epoch_and_describes_itself(workplace):
     assert train.evaluate(new, *train.encode(new, new.val_set))["val_loss"] == pytest.approx(best["val_loss"], rel=1e-4)
 
 
-def test_batch_norm_has_the_statistics_of_the_weights_as_they_are(workplace):
-    run("--epochs", "1", "--no-amp", "--output-dir", "out")
-    new = finished_run("out/vae_model_1.pth")
-    convolution, norm, _ = new.model.encoder[0]
-    batches = [train.load_images(new.photos, batch, new.device) for batch in train.batches_of(new.train_set, 0)]
-    means = [convolution(images).mean((0, 2, 3)) for images in batches]
-    torch.testing.assert_close(norm.running_mean, torch.stack(means).mean(0))
-
-
 def test_the_prior_is_fitted_to_the_codes_of_the_training_photos(workplace):
     run("--epochs", "2", "--no-amp", "--output-dir", "out")
     new = finished_run("out/vae_model_2.pth")
