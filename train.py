@@ -447,7 +447,6 @@ def evaluate(run, mu, log_var):
         "val_loss": (reconstruction + kl_weight(1.0) * kl).mean().item(),
         "val_reconstruction": reconstruction.mean().item(),
         "val_kl": kl.mean().item(),
-        "val_squared_error": squared_error.mean().item(),
         "val_psnr": vae.psnr(squared_error.mean().item(), images[0].numel()),
     }
 
@@ -456,10 +455,7 @@ def finish_epoch(run, speed):
     """Fit the prior, validate, and write and print what an epoch leaves behind; `speed` is in photos per second."""
     run.model.eval()
     mu, log_var = encode(run, run.train_set[:16384])
-    try:
-        run.model.fit_prior(mu, log_var)
-    except torch.linalg.LinAlgError:
-        raise UserError(f"The codes of epoch {run.epoch + 1} are out of bounds: lower LEARNING_RATE.") from None
+    run.model.fit_prior(mu, log_var)
     active = (mu.var(0, correction=0) > 0.01).sum().item()  # Burda et al. 2016, arXiv:1509.00519, section 5.2
     mu, log_var = encode(run, run.val_set)
     *sums, seen = run.sums

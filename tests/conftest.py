@@ -3,8 +3,11 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from faces import draw_faces
@@ -28,17 +31,13 @@ TRAINED = "checkpoints_best/vae_model_8.pth"
 @contextmanager
 def untouched_scripts():
     """Put back what the block changes in the scripts: constants, and how they react to signals."""
-    before = [(module, dict(vars(module))) for module in (train, genpic)]
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
+    with mock.patch.dict(vars(train)), mock.patch.dict(vars(genpic)):
         yield
-    finally:
-        for module, values in before:
-            vars(module).update(values)
-        for number, handler in handlers:
-            signal.signal(number, handler)
-        train.stop_signals.clear()
-        vae.open_container.cache_clear()  # tests use the same relative names
+    for number, handler in handlers:
+        signal.signal(number, handler)
+    train.stop_signals.clear()
+    vae.open_container.cache_clear()  # tests use the same relative names
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +82,14 @@ def refusal(call, *flags):
         call(*flags)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def start(folder, *command):
+    """Start Python in a folder, in a process group of its own, as a shell does."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it would be ignored
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, *command], cwd=folder, env=env, **pipes)
 
 
 def same_weights(one, other):

@@ -61,9 +61,7 @@ def describe(images, name):
 
 def distance(one, other):
     """Return the mean distance between descriptors (..., 128), of the pairs with two faces; NaN if there is none."""
-    distances = np.linalg.norm(one - other, axis=-1)
-    known = distances[~np.isnan(distances)]
-    return known.mean() if known.size else math.nan
+    return np.nanmean(np.linalg.norm(one - other, axis=-1))
 
 
 def frechet_distance(one, other):
@@ -107,7 +105,6 @@ def main(argv=None):
     """Reconstruct the photos, draw as many samples, vary some of the photos, and print what comes of it."""
     vae.parse_flags(globals(), argv)
     require(PHOTOS, "PHOTOS", PHOTOS, "a folder of photos")  # "" would be the folder one stands in
-    require(VARIED >= 1, "VARIED", VARIED, "at least 1")
     try:
         recogniser()
         from skimage.metrics import structural_similarity
@@ -117,7 +114,6 @@ def main(argv=None):
     require(model.config["channels"] == 3, "CHECKPOINT", CHECKPOINT, "a model of colour pictures")
     genpic.CROP = "center"
     images = torch.cat([image for _, image in genpic.load_photos(model, PHOTOS)])
-    require(len(images) > 1, "PHOTOS", PHOTOS, "a folder of several photos")
     mu = torch.cat([model.encode(part)[0] for part in images.split(64)])
     noise = genpic.noise(model, len(images))
     codes = {"reconstructions": mu, "samples": model.draw_latents(noise), "samples of N(0, I)": noise[:500]}

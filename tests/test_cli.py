@@ -5,13 +5,11 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, refusal
+from conftest import ROOT, SMALL, refusal, start
 from faces import draw_faces
 from PIL import Image
 
@@ -27,13 +25,6 @@ def folder(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     draw_faces(tmp_path / "data/train", 40)
     return tmp_path
-
-
-def start(folder, *command):
-    """Start a script in a folder, in a process group of its own, as a shell does."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it would be ignored
-    return subprocess.Popen([sys.executable, *command], cwd=folder, **pipes)
 
 
 def python(folder, *command):
@@ -104,7 +95,7 @@ def test_every_constant_is_a_flag_with_its_comment_and_default(script, capsys):
     "flags",
     "--epochs 0, --batch-size 1, --augment 0.6, --learning-rate nan, --beta -1, --val-fraction 1, --seed -1, "
     "--kl-warmup-epochs 21, --reconstruction l1, --device tpu, --image-size 8, --channels 2, "
-    "--hidden-dims 8 0".split(", "),
+    "--hidden-dims 8 0, --crop a".split(", "),
 )
 def test_constants_that_cannot_be_are_refused_before_anything_is_written(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -113,9 +104,10 @@ def test_constants_that_cannot_be_are_refused_before_anything_is_written(flags, 
 
 
 @pytest.mark.skipif((ROOT / "checkpoints_best/last.pth").exists(), reason="a run has left its own model there")
-def test_the_first_command_varies_a_face(tmp_path, monkeypatch):
+def test_the_first_command_varies_a_face(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     genpic.main(["--output", str(tmp_path / "grid.jpg")])
+    assert re.search(r"\nAbout +.*CelebA.*research", capsys.readouterr().out)
     grid = np.asarray(Image.open(tmp_path / "grid.jpg"), float)[2:, 2:].reshape(2, 152, 6, 152, 3)
     photo, reconstruction, *variations = grid.swapaxes(1, 2)[:, :, :150, :150].reshape(12, -1)
     assert 3 < np.sqrt(2 * np.var(variations, axis=0, ddof=1).mean()) < 15  # grey levels from one to another

@@ -28,6 +28,7 @@ REFUSED = {
     "--mode interpolate --image 'faces/face 001.jpg' --image-to me.jpg --output me.jpg": NO_PHOTO,
     "--mode collage": "MODE is 'collage': it must be one of variations, reconstruct, sample, interpolate, sweep",
     "--w -0.1": "W is -0.1: it must be a number from 0 to 1",
+    "--crop '1 2 0'": 'CROP is \'1 2 0\': it must be "face", "center", or left, top',
     "--image me.jpg --crop '9 0 40'": "CROP 9 0 40 reaches beyond me.jpg, which has 48 x 56 pixels",
     "--output grid.gif": "OUTPUT is 'grid.gif': it must be a file name that ends in .jpg, .jpeg, .png, .webp",
     "--output grid.webp --num-variations 3000": "grid.webp cannot be written",  # WebP ends at 16,383 pixels
@@ -96,11 +97,6 @@ def test_crop_is_in_pixels_of_the_upright_photo(workplace):
     assert apart(pictures("--image=me.jpg", "--crop=100 150 300"), pictures("--image=square.png")) <= 3
 
 
-def test_a_variation_is_the_same_however_many_are_drawn(workplace):
-    few = pictures("--num-variations", "3", "--w", "0.5")[:5]
-    assert apart(few, pictures("--num-variations", "70", "--w", "0.5")[:5]) <= 1
-
-
 def test_reconstruct_shows_each_photo_beside_its_reconstruction_on_numbered_sheets(workplace, capsys):
     photos = [vae.read_image(photo) for photo in vae.find_photos(draw_faces(workplace / "faces", 70))]
     Path("faces/a broken.jpg").write_text("no photo")
@@ -131,13 +127,12 @@ def test_sweep_has_a_labelled_row_for_each_w_and_the_same_noise_down_a_column(wo
     assert len({label.tobytes() for label in rows[:, 0]}) == 6
 
 
-@pytest.mark.parametrize(("info", "said"), [({}, "Prior       N(0, I)"), ({"about": "faces"}, "About       faces\n")])
-def test_a_checkpoint_without_fitted_prior_or_with_a_text_is_shown_as_such(info, said, workplace, capsys):
+def test_a_checkpoint_without_fitted_prior_is_shown_as_such(workplace, capsys):
     generate()
-    assert said not in capsys.readouterr().out
-    vae.save_checkpoint("other.pth", vae.VAE(32, 3, [4], 3), **info)
+    assert "Prior " not in capsys.readouterr().out
+    vae.save_checkpoint("other.pth", vae.VAE(32, 3, [4], 3))
     generate("--checkpoint", "other.pth")
-    assert said in capsys.readouterr().out
+    assert "Prior       N(0, I)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode", genpic.MODES)

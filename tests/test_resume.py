@@ -55,11 +55,6 @@ def wait_for(path, process):
         time.sleep(0.001)
 
 
-def history(out):
-    """Return the figures of all epochs in last.pth, but for the speed, which is never the same."""
-    return [{**row, "images_per_second": 0} for row in vae.load_checkpoint(out / "last.pth")[1]["position"]["history"]]
-
-
 def assert_same_run(one, other):
     """See that two folders hold the same run, bit for bit, and nothing half written."""
     pictures = [{path.name: path.read_bytes() for path in out.rglob("*.png")} for out in (one, other)]
@@ -68,9 +63,11 @@ def assert_same_run(one, other):
     assert files[0] == files[1]
     for name in ("last.pth", "vae_model_3.pth"):
         assert same_weights(one / name, other / name)
-    assert history(one) == history(other)
-    states = [vae.load_checkpoint(out / "last.pth")[1]["optimizers"] for out in (one, other)]
-    torch.testing.assert_close(*states, rtol=0, atol=0)
+    infos = [vae.load_checkpoint(out / "last.pth")[1] for out in (one, other)]
+    for info in infos:
+        for row in info["position"]["history"]:
+            row["images_per_second"] = 0  # which is never the same
+    torch.testing.assert_close(*[(info["optimizers"], info["position"]) for info in infos], rtol=0, atol=0)
 
 
 @in_linux
@@ -123,12 +120,9 @@ def signal_in_step(monkeypatch, at, number, times=1):
 @pytest.mark.parametrize(("at", "number"), [(0, 2), (4, 2), (7, signal.SIGTERM), (14, 2)])
 def test_a_stopped_run_goes_on_as_if_it_never_stopped(workplace, whole, monkeypatch, capsys, at, number):
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(sys, "argv", ["train.py", "--data", "my faces"])
         signal_in_step(patch, at, number)
         run(*RUN, "--output-dir", "parts")
     assert stop.value.code == 128 + number
-    sentence = f"Stopped     in epoch {at // 5 + 1}. To continue: python train.py --data 'my faces' --resume"
-    assert sentence in capsys.readouterr().out
     train.stop_signals.clear()
     run(*RUN, "--output-dir", "parts", "--resume")
     assert f"after {at // 5} of 3 epochs and {at % 5 + 1} steps of the next" in capsys.readouterr().out
