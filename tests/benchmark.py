@@ -2,25 +2,40 @@
 
     python tests/benchmark.py                       # on drawn faces: five minutes on two cores
     python tests/benchmark.py --photos FOLDER       # on photos; every constant below is a flag
+    python tests/benchmark.py --quality             # time to a good picture
+    python tests/benchmark.py --peers               # beside pythae and Lightning: pip install pythae lightning
 
-"plain" is float32 in PyTorch's own memory layout, batches of 16, every JPEG decoded in the loop in every epoch, and
-loss.item() after every step. "ours" are the functions of train.py. Both train the VAE of vae.py, each in a process of
-its own. All work in turns, and figures are medians of all rounds after the first (RssAnon: of one run).
+"plain" is float32 in PyTorch's own memory layout, batches of 16, every JPEG decoded in the loop in every epoch, Adam at
+a constant 1e-3, squared error + 0.132 KL (at 150 pixels), and loss.item() after every step. "ours" are the functions of
+train.py. The peers have plain's batches, optimizer and precision, but photos in memory. All train the VAE of vae.py,
+each in a process of its own. All work in turns, and figures are medians of all rounds after the first (RssAnon: of one
+run). The parts of a step are measured by torch.profiler, which makes small operations look a little slower.
+
+QUALITY is the wall time until the validation PSNR is what plain has after EPOCHS epochs, validation included; of
+train.py itself, from the start of Python to the end of the epoch, with all that it writes.
 """
 
+import json
+import math
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import chdir, redirect_stdout, suppress
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import chdir, nullcontext, redirect_stdout
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from faces import draw_face
 from PIL import Image
+from torch import nn
+from torch.profiler import profile, record_function
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,6 +45,8 @@ import train
 import vae
 from vae import HIDDEN_DIMS, IMAGE_SIZE, UserError, require
 
+QUALITY: bool = False  # measure the time to a good picture instead
+PEERS: bool = False  # measure pythae and Lightning, too
 PHOTOS: str = ""  # folder of photos; without one, faces are drawn
 COUNT: int = 512  # photos in an epoch of ours; raise it to 20480 on a GPU, where these are over in no time
 CACHED: int = 12_000  # photos that are decoded into the cache, and on which the memory of train.py is measured
@@ -39,35 +56,42 @@ CROP: str = "center"  # as in train.py; "face", with --photos of people, tells h
 COMPILE: str = "auto"  # as in train.py
 DEVICE: str = "auto"  # "auto", "cuda" or "cpu"
 ROUNDS: int = 7  # repetitions after the first, which alone counts if there are none
+EPOCHS: int = 5  # of QUALITY: those of plain
+KEPT: str = ""  # of QUALITY: a folder for its files, where the next call goes on; if empty, nothing is kept
+
+# The parts of a step, as torch.profiler calls them; an operation counts for all that it calls
+BACKWARD = "autograd::engine::evaluate_function: "
+PARTS = {
+    "convolutions": r"aten::convolution(_backward)?",
+    "batch norm": rf"aten::batch_norm|{BACKWARD}\w*BatchNormBackward0",
+    "loss": rf"reconstruction_loss|kl_divergence|{BACKWARD}(AvgPool2D|Pow|Mul|Div|Add|Sub|Rsub|Mean|Exp)Backward\d",
+    "optimizers": r"Optimizer\.step.*",
+    "data": r"load_images|augment",
+}
 
 
 # Processes that work in turns
-def serve(pipe, rounds, settings):
-    """Answer every request with what the generator `rounds` yields next; an error is printed and ends the process."""
+def start(rounds, settings):
+    """Make this process ready for the turns of the generator `rounds`."""
     sys.stdout = sys.stderr  # what train.py prints is not part of the result
     globals().update(settings)
     vars(train).update(settings)
-    with suppress(EOFError, KeyboardInterrupt):  # the asker is gone, or tells
-        pipe.recv()
-        for figures in rounds():
-            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
-            memory = torch.cuda.max_memory_allocated() or resident  # 0 unless it computes there
-            pipe.send(figures | {f"{rounds.__name__}, peak memory, MB": memory / 1e6})
-            pipe.recv()
+    turn.rounds = rounds()
+
+
+def turn():
+    """Return what the generator of this process yields next, and the most memory that the process has held."""
+    figures = next(turn.rounds)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
+    memory = torch.cuda.max_memory_allocated() or resident  # 0 unless it computes there
+    return figures | {f"{turn.rounds.__name__}, peak memory, MB": memory / 1e6}
 
 
 def worker(rounds, settings):
     """Yield the figures of the generator `rounds`, which works in a process of its own."""
-    context = get_context("spawn")
-    here, there = context.Pipe()
-    context.Process(target=serve, args=(there, rounds, settings), daemon=True).start()
-    there.close()
-    while True:
-        try:
-            here.send("next")
-            yield here.recv()
-        except (EOFError, OSError):
-            raise UserError(f"The process that measures `{rounds.__name__}` has failed, see above.") from None
+    with ProcessPoolExecutor(1, get_context("spawn"), start, (rounds, settings)) as pool:
+        while True:
+            yield pool.submit(turn).result()
 
 
 def in_turns(*parts):
@@ -89,6 +113,9 @@ def seconds(function, *arguments):
 # What is measured, and on what
 def put_photos(folder):
     """Put photos into folders in `folder`: links to those of PHOTOS, over again if need be, or to drawn faces."""
+    if (folder / "photos").exists():  # a call goes on
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     sources = [photo.path.absolute() for photo in vae.find_photos(PHOTOS) if photo.member is None] if PHOTOS else []
     require(Path(PHOTOS).is_dir() and (sources or not PHOTOS), "PHOTOS", PHOTOS, "a folder with photos")
     for seed in range(0 if PHOTOS else min(COUNT, 2048)):
@@ -100,25 +127,92 @@ def put_photos(folder):
             (folder / name / f"{number}.jpg").symlink_to(sources[number % len(sources)])
 
 
-def plain():
-    """The loop that people write first: a round is 128 photos."""
-    device = vae.pick_device(DEVICE)
-    model = vae.VAE(IMAGE_SIZE, hidden_dims=HIDDEN_DIMS).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+def new_vae():
+    """Return the VAE of vae.py in PyTorch's own memory layout."""
+    return vae.VAE(IMAGE_SIZE, hidden_dims=HIDDEN_DIMS)
+
+
+def decode(photos):
+    """Decode Photos into images (B, 3, H, W), as people write it first."""
     transform = vae.photo_transform(IMAGE_SIZE)
+    return torch.stack([transform(Image.open(photo.path).convert("RGB")) for photo in photos])
+
+
+def plain_loss(model, images):
+    """Return the loss of images (B, C, H, W), as a mean over their values."""
+    recon, mu, log_var = model(images)
+    return nn.functional.mse_loss(recon, images) + 0.00025 * train.kl_divergence(mu, log_var).mean()
+
+
+def plain_epoch(model, optimizer, batches):
+    """Train a model on batches of Photos, in the loop that people write first."""
+    for photos in batches:
+        loss = plain_loss(model, decode(photos).to(model.latent_mean.device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+
+def plain():
+    """A round of plain is 128 photos."""
+    model = new_vae().to(vae.pick_device(DEVICE))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     photos = vae.find_photos("photos")[:128]
+    batches = [photos[start : start + 16] for start in range(0, len(photos), 16)]
     while True:
-        begin = time.perf_counter()
-        for start in range(0, len(photos), 16):
-            pictures = [Image.open(photo.path).convert("RGB") for photo in photos[start : start + 16]]
-            images = torch.stack(list(map(transform, pictures))).to(device)
-            recon, mu, log_var = model(images)
-            loss = torch.nn.functional.mse_loss(recon, images) + 0.00025 * train.kl_divergence(mu, log_var).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loss.item()
-        yield {"plain, images/s": len(photos) / (time.perf_counter() - begin)}
+        yield {"plain, images/s": len(photos) / seconds(plain_epoch, model, optimizer, batches)}
+
+
+def pythae():
+    """The VAE and the BaseTrainer of pythae: a round is an epoch of 128 photos."""
+    from pythae.data.datasets import BaseDataset
+    from pythae.models import VAE, VAEConfig
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.models.nn import BaseDecoder, BaseEncoder
+    from pythae.trainers import BaseTrainer, BaseTrainerConfig
+
+    class Encoder(BaseEncoder):
+        def forward(self, images):
+            mu, log_var = self.network.encode(images)
+            return ModelOutput(embedding=mu, log_covariance=log_var)
+
+    class Decoder(BaseDecoder):
+        def forward(self, z):
+            return ModelOutput(reconstruction=self.network.decode(z))
+
+    encoder, decoder = Encoder(), Decoder()
+    encoder.network = decoder.network = new_vae()
+    photos = vae.find_photos("photos")[:128]
+    config = BaseTrainerConfig("pythae", per_device_train_batch_size=16, learning_rate=1e-3, no_cuda=DEVICE == "cpu")
+    data = BaseDataset(decode(photos), torch.zeros(len(photos)))
+    trainer = BaseTrainer(VAE(VAEConfig(), encoder, decoder), data, training_config=config)
+    trainer.prepare_training()
+    while True:
+        yield {"pythae, images/s": len(photos) / seconds(trainer.train_step, 1)}
+
+
+def lightning():
+    """A LightningModule and the Trainer of Lightning: a round is an epoch of 128 photos."""
+    from lightning import LightningModule, Trainer
+    from lightning.pytorch.callbacks import Timer
+
+    class Module(LightningModule):
+        def training_step(self, batch):
+            return plain_loss(self.network, batch)
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+    module = Module()
+    module.network = new_vae()
+    images = decode(vae.find_photos("photos")[:128])
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    while True:
+        timer = Timer()
+        trainer = Trainer(max_epochs=1, accelerator=vae.pick_device(DEVICE).type, devices=1, callbacks=[timer], **quiet)
+        trainer.fit(module, DataLoader(images, 16, shuffle=True))
+        yield {"Lightning, images/s": len(images) / timer.time_elapsed()}
 
 
 def ours():
@@ -140,17 +234,34 @@ def ours():
         from_memory = epoch(lambda *_: one_batch)
         rate = epoch(load_images)
         figures = {"ours, images/s": rate, "epoch on photos / on one batch in memory": from_memory / rate}
-        loading = (len(load_images(run.photos, batch, run.device)) for batch in train.batches_of(run.train_set, 0))
-        figures["loading photos, share of an epoch"] = seconds(list, loading) * rate / len(run.train_set)
         run.model.eval()
         psnr = []
         for train.AMP in (False, True):
             psnr.append(train.evaluate(run, *train.encode(run, run.val_set))["val_psnr"])
         figures["validation PSNR in bfloat16 - in float32, dB"] = psnr[1] - psnr[0]
-        optimizing = seconds(lambda: [optimizer.step() for optimizer in run.optimizers])
-        figures["optimizers, share of an epoch"] = optimizing * rate / BATCH_SIZE
         generation = seconds(torch.inference_mode()(genpic.decode), run.model, genpic.noise(run.model, 256))
         yield figures | {"generation, images/s": 256 / generation}
+
+
+def parts():
+    """The share of each part in the steps of ours; not of compiled ones, whose operations are fused."""
+    train.reuse_freed_memory()
+    run = train.new_run({}, train.set_up_device())
+    run.train_set = run.train_set[: 4 * BATCH_SIZE]
+    for name in ("load_images", "augment", "reconstruction_loss", "kl_divergence"):
+        setattr(train, name, record_function(name)(getattr(train, name)))
+    kind = "device" if run.device.type == "cuda" else "cpu"
+    while True:
+        vars(run).update(step=0, sums=[0.0] * 4)
+        with profile() as profiler:
+            train.train_epoch(run, run.model)
+        events = profiler.key_averages()
+        whole = sum(getattr(event, f"self_{kind}_time_total") for event in events)
+        figures = {}
+        for part, names in PARTS.items():
+            taken = [getattr(event, f"{kind}_time_total") for event in events if re.fullmatch(names, event.key)]
+            figures[f"{part}, share of a step"] = sum(taken) / whole
+        yield figures
 
 
 def products():
@@ -173,7 +284,7 @@ def caching():
 
 def starting():
     """`python genpic.py` against what any script with its checkpoint has to do."""
-    vae.save_checkpoint(genpic.CHECKPOINT, vae.VAE(IMAGE_SIZE, hidden_dims=HIDDEN_DIMS), face_box=train.FACE_BOX)
+    vae.save_checkpoint(genpic.CHECKPOINT, new_vae(), face_box=train.FACE_BOX)
     photo = Path(genpic.__file__).with_name("data") / "tested_data/sample.jpg"
     bare = ["-c", f"import torch, torchvision; torch.load({genpic.CHECKPOINT!r}, weights_only=True)"]
     while True:
@@ -197,30 +308,102 @@ def run_python(arguments):
     return most
 
 
+def rates(settings):
+    """Return the figures of all that work in turns, and the memory of train.py."""
+    train.load_photos(torch.device("cpu"))  # writes the cache, once
+    trainers = [plain, ours, parts] + [pythae, lightning] * PEERS
+    figures = in_turns(*(worker(trainer, settings) for trainer in trainers), products(), caching(), starting())
+    flags = f"--epochs 1 --image-size {IMAGE_SIZE} --hidden-dims 4 4 4 4 4 --latent-dim 8 --data".split()
+    for count in (CACHED // 4, CACHED):
+        figures[f"train.py on {count:,} photos, RssAnon, MB"] = run_python([train.__file__, *flags, str(count)])
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        new_vae()(torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE))[0].sum().backward()
+    gflop = counter.get_total_flops() / 1e9
+    rate = figures["ours, images/s"]
+    for other in ("plain", "pythae", "Lightning")[: 1 + 2 * PEERS]:
+        figures[f"ours / {other}"] = rate / figures[f"{other}, images/s"]
+    figures["arithmetic, GFLOP/image"] = gflop
+    for dtype in ("bfloat16", "float32"):
+        figures[f"ours / {dtype} product"] = rate * gflop / figures[f"torch.{dtype} product, GFLOP/s"]
+    return figures
+
+
+# Time to quality
+def quality():
+    """Return how long plain takes to the validation PSNR that it has after EPOCHS epochs, and how long train.py."""
+    train.load_photos(torch.device("cpu"))  # plain is validated on photos of the cache
+    slow = timed(plain_epochs)
+    mark = slow[-1][1]
+    fast = timed(ours_epochs, mark)
+    if fast[-1][1] < mark:
+        raise UserError(f"train.py has ended with {fast[-1][1]} dB, and plain has {mark} dB: raise COUNT.")
+    figures = {"validation PSNR, dB": mark, "plain, s": slow[-1][0], "ours, s": fast[-1][0]}
+    return figures | {"plain / ours": slow[-1][0] / fast[-1][0], "epochs of plain": len(slow), "of ours": len(fast)}
+
+
+def timed(epochs, mark=math.inf):
+    """Return [seconds, PSNR] of each epoch, to the first that has the mark; a file keeps them for the next call."""
+    path = Path(f"{epochs.__name__}.json")
+    rows = json.loads(path.read_text()) if path.exists() else [[0, 0]]
+    begin = time.perf_counter() - rows[-1][0]
+    if rows[-1][1] < mark:
+        for psnr in epochs(len(rows) - 1):
+            rows.append([time.perf_counter() - begin, psnr])
+            path.write_text(json.dumps(rows))
+            if psnr >= mark:
+                break
+    return rows[1:]
+
+
+def plain_epochs(done):
+    """Train in the loop that people write first; yield the PSNR of each epoch after those that are done."""
+    run = train.new_run({}, train.set_up_device())
+    run.model = new_vae().to(run.device)
+    optimizer = torch.optim.Adam(run.model.parameters(), lr=1e-3)
+    photos = vae.find_photos("photos")
+    if done:
+        for part, state in zip((run.model, optimizer), torch.load("plain.pth"), strict=True):
+            part.load_state_dict(state)
+    train.AMP = False
+    for _ in range(done, EPOCHS):
+        run.model.train()
+        batches = run.train_set[torch.randperm(len(run.train_set))].split(16)
+        plain_epoch(run.model, optimizer, ([photos[index] for index in batch] for batch in batches))
+        run.model.eval()
+        torch.save([run.model.state_dict(), optimizer.state_dict()], "plain.pth")
+        yield train.evaluate(run, *train.encode(run, run.val_set))["val_psnr"]
+
+
+def ours_epochs(done):
+    """Run train.py; yield the PSNR of each epoch after those that are done."""
+    Path("ours").mkdir(exist_ok=True)  # has a cache of its own
+    names = ("IMAGE_SIZE", "BATCH_SIZE", "CROP", "COMPILE", "DEVICE")
+    flags = [f"--{name.lower().replace('_', '-')}={getattr(train, name)}" for name in names]
+    flags += [f"--beta={0.132 * (IMAGE_SIZE / 150) ** 2}", "--hidden-dims", *map(str, HIDDEN_DIMS)]
+    command = [sys.executable, train.__file__, *flags, "--data", str(Path("photos").absolute())]
+    command += ["--resume"] * (done > 0)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="ours")
+    try:
+        for line in process.stdout:
+            if found := re.match(r"Epoch .* PSNR (\S+) dB", line):
+                yield float(found[1])
+    finally:
+        process.terminate()
+        process.wait()
+
+
 def main(argv=None):
     """Measure, and print a line per figure."""
-    settings = vae.parse_flags(globals(), argv) | {"DATA": "photos", "EPOCHS": 1}
+    settings = vae.parse_flags(globals(), argv) | {"DATA": "photos"}
     vars(train).update(settings)
     train.check_settings()
     require(2 * BATCH_SIZE <= COUNT, "COUNT", COUNT, f"at least {2 * BATCH_SIZE}, two batches")
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        vae.VAE(IMAGE_SIZE, hidden_dims=HIDDEN_DIMS)(torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE))[0].sum().backward()
-    gflop = counter.get_total_flops() / 1e9
-    with tempfile.TemporaryDirectory() as folder:
-        put_photos(Path(folder))
+    for peer in ("pythae", "lightning") * PEERS:
+        require(find_spec(peer), "PEERS", PEERS, f"False, as {peer} is missing: `pip install pythae lightning`")
+    with nullcontext(KEPT) if KEPT else tempfile.TemporaryDirectory() as folder:
+        put_photos(Path(folder).absolute())
         with chdir(folder), redirect_stdout(sys.stderr):
-            train.load_photos(torch.device("cpu"))  # writes the cache: a worker may start no processes for that
-            figures = in_turns(worker(plain, settings), worker(ours, settings), products(), caching(), starting())
-            flags = f"--epochs 1 --image-size {IMAGE_SIZE} --hidden-dims 4 4 4 4 4 --latent-dim 8 --data".split()
-            for count in (CACHED // 4, CACHED):
-                figures[f"train.py on {count:,} photos, RssAnon, MB"] = run_python([train.__file__, *flags, str(count)])
-    rate = figures["ours, images/s"]
-    figures |= {
-        "ours / plain": rate / figures["plain, images/s"],
-        "arithmetic, GFLOP/image": gflop,
-        "ours / bfloat16 product": rate * gflop / figures["torch.bfloat16 product, GFLOP/s"],
-        "ours / float32 product": rate * gflop / figures["torch.float32 product, GFLOP/s"],
-    }
+            figures = quality() if QUALITY else rates(settings)
     for name, figure in figures.items():
         print(f"{name:50} {figure:10.3f}")
 

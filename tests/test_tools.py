@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import judge
@@ -12,14 +13,29 @@ import pytest
 from conftest import ROOT, TRAINED, generate
 
 TINY = "--count 64 --cached 40 --image-size 32 --hidden-dims 4 --matrix 16 --rounds 0 --device cpu".split()
+PEERS = ["--peers"] if find_spec("pythae") and find_spec("lightning") else []
+
+
+def benchmark(*flags):
+    """Return the figures that benchmark.py prints."""
+    command = [sys.executable, ROOT / "tests/benchmark.py", *TINY, *flags]
+    lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300).stdout.splitlines()
+    return {line[:50].strip(): float(line[50:]) for line in lines}
 
 
 def test_benchmark_prints_a_line_for_each_figure():
-    command = [sys.executable, ROOT / "tests/benchmark.py", *TINY]
-    lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300).stdout.splitlines()
-    figures = {line[:50].strip(): float(line[50:]) for line in lines}
+    figures = benchmark(*PEERS)
     assert len(figures) > 15 and all(map(math.isfinite, figures.values()))
     assert figures["ours / plain"] == pytest.approx(figures["ours, images/s"] / figures["plain, images/s"], rel=0.01)
+    assert 0.3 < sum(share for name, share in figures.items() if name.endswith("share of a step")) < 1
+
+
+def test_benchmark_measures_the_time_to_quality_and_goes_on_where_it_was(tmp_path):
+    flags = ["--quality", "--kept", tmp_path / "kept", "--epochs"]
+    first, again = benchmark(*flags, "1"), benchmark(*flags, "2")
+    assert (first["epochs of plain"], again["epochs of plain"]) == (1, 2)
+    assert again["plain, s"] > first["plain, s"] > 0 and again["ours, s"] >= first["ours, s"] > 0
+    assert again["plain / ours"] == pytest.approx(again["plain, s"] / again["ours, s"], abs=0.001)
 
 
 @pytest.mark.parametrize("factor", [np.eye(3), np.diag([1, 2, 5]), np.array([[2, 1, 0], [1, 3, 1], [0, 1, 2]])])
