@@ -388,11 +388,15 @@ def train_step(network, optimizers, images, global_step, progress):
 
 
 def batches_of(train_set, epoch):
-    """Return the batches of an epoch, tensors of indices: shuffled by SEED, of sizes that all ranks can share."""
+    """Return the batches of an epoch, tensors of indices: shuffled by SEED, of sizes that all ranks can share.
+
+    A last batch of less than half the size is left out: BatchNorm's statistics would depend on its few photos.
+    """
     order = np.random.default_rng(seed_of(b"order", epoch)).permutation(len(train_set))
     batches = train_set[torch.from_numpy(order)].split(BATCH_SIZE)
     batches = [batch[: len(batch) // world_size * world_size] for batch in batches]
-    return [batch for batch in batches if len(batch) >= 2 * world_size]  # BatchNorm needs two photos
+    least = max(2 * world_size, min(BATCH_SIZE, len(train_set)) // 2)
+    return [batch for batch in batches if len(batch) >= least]
 
 
 def train_epoch(run, network):
@@ -455,7 +459,10 @@ def finish_epoch(run, speed):
     """Fit the prior, validate, and write and print what an epoch leaves behind; `speed` is in photos per second."""
     run.model.eval()
     mu, log_var = encode(run, run.train_set[:16384])
-    run.model.fit_prior(mu, log_var)
+    try:
+        run.model.fit_prior(mu, log_var)
+    except torch.linalg.LinAlgError:
+        raise UserError(f"The codes of epoch {run.epoch + 1} are out of bounds: lower LEARNING_RATE.") from None
     active = (mu.var(0, correction=0) > 0.01).sum().item()  # Burda et al. 2016, arXiv:1509.00519, section 5.2
     mu, log_var = encode(run, run.val_set)
     *sums, seen = run.sums
