@@ -11,11 +11,10 @@ train.py. The peers have plain's batches, optimizer and precision, but photos in
 each in a process of its own. All work in turns, and figures are medians of all rounds after the first (RssAnon: of one
 run). The parts of a step are measured by torch.profiler, which makes small operations look a little slower.
 
-QUALITY is the wall time until the validation PSNR is what plain has after EPOCHS epochs, validation included; of
-train.py itself, from the start of Python to the end of the epoch, with all that it writes.
+--quality tells, of one run each, the wall time until the validation PSNR is what plain has after EPOCHS epochs, with
+validation; of train.py itself, from the start of Python on, with decoding into the cache and all that it draws.
 """
 
-import json
 import math
 import re
 import resource
@@ -24,8 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import chdir, nullcontext, redirect_stdout
+from contextlib import chdir, redirect_stdout, suppress
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,6 +32,7 @@ import torch
 from faces import draw_face
 from PIL import Image
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import profile, record_function
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -57,41 +56,45 @@ COMPILE: str = "auto"  # as in train.py
 DEVICE: str = "auto"  # "auto", "cuda" or "cpu"
 ROUNDS: int = 7  # repetitions after the first, which alone counts if there are none
 EPOCHS: int = 5  # of QUALITY: those of plain
-KEPT: str = ""  # of QUALITY: a folder for its files, where the next call goes on; if empty, nothing is kept
 
 # The parts of a step, as torch.profiler calls them; an operation counts for all that it calls
 BACKWARD = "autograd::engine::evaluate_function: "
 PARTS = {
     "convolutions": r"aten::convolution(_backward)?",
     "batch norm": rf"aten::batch_norm|{BACKWARD}\w*BatchNormBackward0",
-    "loss": rf"reconstruction_loss|kl_divergence|{BACKWARD}(AvgPool2D|Pow|Mul|Div|Add|Sub|Rsub|Mean|Exp)Backward\d",
+    "loss": rf"reconstruction_loss|kl_divergence|{BACKWARD}(AvgPool2D|Pow|Mul|Div|Add|Sub|Rsub|Mean|Sum|Exp)Backward\d",
     "optimizers": r"Optimizer\.step.*",
     "data": r"load_images|augment",
 }
 
 
 # Processes that work in turns
-def start(rounds, settings):
-    """Make this process ready for the turns of the generator `rounds`."""
+def serve(pipe, rounds, settings):
+    """Answer every request with what the generator `rounds` yields next; an error is printed and ends the process."""
     sys.stdout = sys.stderr  # what train.py prints is not part of the result
     globals().update(settings)
     vars(train).update(settings)
-    turn.rounds = rounds()
-
-
-def turn():
-    """Return what the generator of this process yields next, and the most memory that the process has held."""
-    figures = next(turn.rounds)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
-    memory = torch.cuda.max_memory_allocated() or resident  # 0 unless it computes there
-    return figures | {f"{turn.rounds.__name__}, peak memory, MB": memory / 1e6}
+    with suppress(EOFError, KeyboardInterrupt):  # the asker is gone, or tells
+        pipe.recv()
+        for figures in rounds():
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
+            memory = torch.cuda.max_memory_allocated() or resident  # 0 unless it computes there
+            pipe.send(figures | {f"{rounds.__name__}, peak memory, MB": memory / 1e6})
+            pipe.recv()
 
 
 def worker(rounds, settings):
     """Yield the figures of the generator `rounds`, which works in a process of its own."""
-    with ProcessPoolExecutor(1, get_context("spawn"), start, (rounds, settings)) as pool:
-        while True:
-            yield pool.submit(turn).result()
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=serve, args=(there, rounds, settings), daemon=True).start()
+    there.close()
+    while True:
+        try:
+            here.send("next")
+            yield here.recv()
+        except (EOFError, OSError):
+            raise UserError(f"The process that measures `{rounds.__name__}` has failed, see above.") from None
 
 
 def in_turns(*parts):
@@ -113,11 +116,9 @@ def seconds(function, *arguments):
 # What is measured, and on what
 def put_photos(folder):
     """Put photos into folders in `folder`: links to those of PHOTOS, over again if need be, or to drawn faces."""
-    if (folder / "photos").exists():  # a call goes on
-        return
-    folder.mkdir(parents=True, exist_ok=True)
     sources = [photo.path.absolute() for photo in vae.find_photos(PHOTOS) if photo.member is None] if PHOTOS else []
     require(Path(PHOTOS).is_dir() and (sources or not PHOTOS), "PHOTOS", PHOTOS, "a folder with photos")
+    require(not QUALITY or len(sources or range(2048)) >= COUNT, "COUNT", COUNT, "at most the number of the photos")
     for seed in range(0 if PHOTOS else min(COUNT, 2048)):
         sources.append(folder / f"{seed}.jpg")
         draw_face(seed, size=(178, 218)).save(sources[-1], quality=95)
@@ -128,8 +129,12 @@ def put_photos(folder):
 
 
 def new_vae():
-    """Return the VAE of vae.py in PyTorch's own memory layout."""
-    return vae.VAE(IMAGE_SIZE, hidden_dims=HIDDEN_DIMS)
+    """Return the VAE of vae.py in PyTorch's own memory layout, and with its momentum of BatchNorm, which suits Adam."""
+    model = vae.VAE(IMAGE_SIZE, hidden_dims=HIDDEN_DIMS)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1
+    return model
 
 
 def decode(photos):
@@ -212,7 +217,7 @@ def lightning():
         timer = Timer()
         trainer = Trainer(max_epochs=1, accelerator=vae.pick_device(DEVICE).type, devices=1, callbacks=[timer], **quiet)
         trainer.fit(module, DataLoader(images, 16, shuffle=True))
-        yield {"Lightning, images/s": len(images) / timer.time_elapsed()}
+        yield {"lightning, images/s": len(images) / timer.time_elapsed()}
 
 
 def ours():
@@ -255,7 +260,7 @@ def parts():
         vars(run).update(step=0, sums=[0.0] * 4)
         with profile() as profiler:
             train.train_epoch(run, run.model)
-        events = profiler.key_averages()
+        events = [event for event in profiler.key_averages() if event.device_type == DeviceType.CPU]  # else, twice
         whole = sum(getattr(event, f"self_{kind}_time_total") for event in events)
         figures = {}
         for part, names in PARTS.items():
@@ -266,7 +271,7 @@ def parts():
 
 def products():
     """Products of square matrices, of which the machine cannot make more."""
-    device = vae.pick_device(DEVICE)
+    device = train.set_up_device()
     matrices = [torch.randn(MATRIX, MATRIX, device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
     while True:
         yield {f"{a.dtype} product, GFLOP/s": 2e-9 * MATRIX**3 / seconds(torch.mm, a, a) for a in matrices}
@@ -289,7 +294,7 @@ def starting():
     bare = ["-c", f"import torch, torchvision; torch.load({genpic.CHECKPOINT!r}, weights_only=True)"]
     while True:
         one = seconds(run_python, bare)
-        whole = seconds(run_python, [genpic.__file__, "--image", str(photo)])
+        whole = seconds(run_python, [genpic.__file__, "--device", DEVICE, "--image", str(photo)])
         figures = {"imports and checkpoint, s": one, "genpic.py, s": whole}
         yield figures | {"genpic.py / imports and checkpoint": whole / one}
 
@@ -310,18 +315,18 @@ def run_python(arguments):
 
 def rates(settings):
     """Return the figures of all that work in turns, and the memory of train.py."""
-    train.load_photos(torch.device("cpu"))  # writes the cache, once
     trainers = [plain, ours, parts] + [pythae, lightning] * PEERS
     figures = in_turns(*(worker(trainer, settings) for trainer in trainers), products(), caching(), starting())
-    flags = f"--epochs 1 --image-size {IMAGE_SIZE} --hidden-dims 4 4 4 4 4 --latent-dim 8 --data".split()
+    flags = ["--device", DEVICE, "--image-size", str(IMAGE_SIZE), *"--epochs 1 --hidden-dims 4 4 4 4 4 --data".split()]
     for count in (CACHED // 4, CACHED):
         figures[f"train.py on {count:,} photos, RssAnon, MB"] = run_python([train.__file__, *flags, str(count)])
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         new_vae()(torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE))[0].sum().backward()
     gflop = counter.get_total_flops() / 1e9
     rate = figures["ours, images/s"]
-    for other in ("plain", "pythae", "Lightning")[: 1 + 2 * PEERS]:
-        figures[f"ours / {other}"] = rate / figures[f"{other}, images/s"]
+    del figures["parts, peak memory, MB"]  # that of the profiler
+    for other in [plain, pythae, lightning][: 1 + 2 * PEERS]:
+        figures[f"ours / {other.__name__}"] = rate / figures[f"{other.__name__}, images/s"]
     figures["arithmetic, GFLOP/image"] = gflop
     for dtype in ("bfloat16", "float32"):
         figures[f"ours / {dtype} product"] = rate * gflop / figures[f"torch.{dtype} product, GFLOP/s"]
@@ -331,62 +336,57 @@ def rates(settings):
 # Time to quality
 def quality():
     """Return how long plain takes to the validation PSNR that it has after EPOCHS epochs, and how long train.py."""
-    train.load_photos(torch.device("cpu"))  # plain is validated on photos of the cache
-    slow = timed(plain_epochs)
+    slow = timed(plain_epochs())
     mark = slow[-1][1]
-    fast = timed(ours_epochs, mark)
+    fast = timed(ours_epochs(), mark)
     if fast[-1][1] < mark:
-        raise UserError(f"train.py has ended with {fast[-1][1]} dB, and plain has {mark} dB: raise COUNT.")
+        raise UserError(f"train.py has ended with {fast[-1][1]} dB, and plain with {mark} dB: raise COUNT.")
+    slow = [row for number, row in enumerate(slow) if all(psnr < mark for _, psnr in slow[:number])]
     figures = {"validation PSNR, dB": mark, "plain, s": slow[-1][0], "ours, s": fast[-1][0]}
     return figures | {"plain / ours": slow[-1][0] / fast[-1][0], "epochs of plain": len(slow), "of ours": len(fast)}
 
 
 def timed(epochs, mark=math.inf):
-    """Return [seconds, PSNR] of each epoch, to the first that has the mark; a file keeps them for the next call."""
-    path = Path(f"{epochs.__name__}.json")
-    rows = json.loads(path.read_text()) if path.exists() else [[0, 0]]
-    begin = time.perf_counter() - rows[-1][0]
-    if rows[-1][1] < mark:
-        for psnr in epochs(len(rows) - 1):
-            rows.append([time.perf_counter() - begin, psnr])
-            path.write_text(json.dumps(rows))
-            if psnr >= mark:
-                break
-    return rows[1:]
+    """Return (seconds, PSNR) of each epoch of a generator, to the first that has the mark."""
+    rows = []
+    begin = time.perf_counter()
+    for psnr in epochs:
+        rows.append((time.perf_counter() - begin, round(psnr, 2)))
+        print("{:.1f} s: {:.2f} dB".format(*rows[-1]), flush=True)
+        if psnr >= mark:
+            break
+    return rows
 
 
-def plain_epochs(done):
-    """Train in the loop that people write first; yield the PSNR of each epoch after those that are done."""
-    run = train.new_run({}, train.set_up_device())
+def plain_epochs():
+    """Train in the loop that people write first; yield the PSNR after each epoch."""
+    run = train.new_run({}, vae.pick_device(DEVICE))
     run.model = new_vae().to(run.device)
     optimizer = torch.optim.Adam(run.model.parameters(), lr=1e-3)
     photos = vae.find_photos("photos")
-    if done:
-        for part, state in zip((run.model, optimizer), torch.load("plain.pth"), strict=True):
-            part.load_state_dict(state)
     train.AMP = False
-    for _ in range(done, EPOCHS):
+    for _ in range(EPOCHS):
         run.model.train()
         batches = run.train_set[torch.randperm(len(run.train_set))].split(16)
         plain_epoch(run.model, optimizer, ([photos[index] for index in batch] for batch in batches))
         run.model.eval()
-        torch.save([run.model.state_dict(), optimizer.state_dict()], "plain.pth")
         yield train.evaluate(run, *train.encode(run, run.val_set))["val_psnr"]
 
 
-def ours_epochs(done):
-    """Run train.py; yield the PSNR of each epoch after those that are done."""
-    Path("ours").mkdir(exist_ok=True)  # has a cache of its own
-    names = ("IMAGE_SIZE", "BATCH_SIZE", "CROP", "COMPILE", "DEVICE")
+def ours_epochs():
+    """Run train.py; yield the PSNR after each epoch."""
+    Path("ours").mkdir()  # has a cache of its own
+    names = ("IMAGE_SIZE", "BATCH_SIZE", "COMPILE", "DEVICE")
     flags = [f"--{name.lower().replace('_', '-')}={getattr(train, name)}" for name in names]
     flags += [f"--beta={0.132 * (IMAGE_SIZE / 150) ** 2}", "--hidden-dims", *map(str, HIDDEN_DIMS)]
     command = [sys.executable, train.__file__, *flags, "--data", str(Path("photos").absolute())]
-    command += ["--resume"] * (done > 0)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="ours")
     try:
         for line in process.stdout:
             if found := re.match(r"Epoch .* PSNR (\S+) dB", line):
                 yield float(found[1])
+        if process.wait():
+            raise UserError("train.py has failed, see above.")
     finally:
         process.terminate()
         process.wait()
@@ -400,9 +400,12 @@ def main(argv=None):
     require(2 * BATCH_SIZE <= COUNT, "COUNT", COUNT, f"at least {2 * BATCH_SIZE}, two batches")
     for peer in ("pythae", "lightning") * PEERS:
         require(find_spec(peer), "PEERS", PEERS, f"False, as {peer} is missing: `pip install pythae lightning`")
-    with nullcontext(KEPT) if KEPT else tempfile.TemporaryDirectory() as folder:
-        put_photos(Path(folder).absolute())
+    require(CROP == "center" or not QUALITY, "CROP", CROP, '"center", as plain knows no other')
+    with tempfile.TemporaryDirectory() as folder:
+        put_photos(Path(folder))
         with chdir(folder), redirect_stdout(sys.stderr):
+            usable = len(train.load_photos(torch.device("cpu")))  # writes the cache
+            require(CROP == "face" or usable == COUNT, "PHOTOS", PHOTOS, "a folder of photos that can all be read")
             figures = quality() if QUALITY else rates(settings)
     for name, figure in figures.items():
         print(f"{name:50} {figure:10.3f}")

@@ -32,12 +32,14 @@ TRAINED = "checkpoints_best/vae_model_8.pth"
 def untouched_scripts():
     """Put back what the block changes in the scripts: constants, and how they react to signals."""
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    with mock.patch.dict(vars(train)), mock.patch.dict(vars(genpic)):
-        yield
-    for number, handler in handlers:
-        signal.signal(number, handler)
-    train.stop_signals.clear()
-    vae.open_container.cache_clear()  # tests use the same relative names
+    try:
+        with mock.patch.dict(vars(train)), mock.patch.dict(vars(genpic)):
+            yield
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
+        train.stop_signals.clear()
+        vae.open_container.cache_clear()  # tests use the same relative names
 
 
 @pytest.fixture(autouse=True)
