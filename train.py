@@ -527,7 +527,7 @@ def set_aside():
     kept.mkdir(exist_ok=True)
     for path in earlier:
         shutil.move(path, kept)
-    print(f"Kept        the files of an earlier run in {kept}")
+    print(f"Kept        what was there before in {kept}")
 
 
 def save_last(run):
@@ -639,7 +639,9 @@ def train(run):
         speed = train_epoch(run, network)
         if stop_signals:
             save_last(run)
-            command = shlex.join(["python", *sys.argv])
+            if run.history:
+                describe_undo()
+            command = shlex.join(["python", *(word for word in sys.argv if word != "--resume")])
             print(f"Stopped     in epoch {run.epoch + 1}. To continue: {command} --resume", flush=True)
             raise SystemExit(128 + stop_signals[0])
         if rank == 0:
@@ -698,6 +700,12 @@ def describe_result(run):
     print(f"Done        The weights of epoch {best['epoch']}, {best['val_psnr']:.2f} dB, are in {path}")
     print(f"Latents     {best['active_units']} of {LATENT_DIM} active, {best['val_kl']:.0f} nats of KL divergence")
     print(f"Next        python genpic.py{choice}")
+    describe_undo()
+
+
+def describe_undo():
+    """Print how to restore the checkpoint that this run has replaced, if there was one."""
+    path = checkpoint_path()
     replaced = max(Path(OUTPUT_DIR).glob(f"previous-*/{path.name}"), key=os.path.getctime, default=None)
     if replaced:
         print(f"Undo        {shlex.join(['cp', str(replaced), str(path)])} (restores the checkpoint of before)")

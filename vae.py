@@ -287,7 +287,8 @@ def read_image(photo, channels=CHANNELS, size=None):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB" if channels == 3 else "L")
     except Exception as error:  # on a broken file Pillow's decoders raise whatever they stumble over
-        reason = "unknown format: save it as JPEG" if isinstance(error, UnidentifiedImageError) else error
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "unknown format: save it as JPEG" if unknown else getattr(error, "strerror", None) or error
         raise UserError(f"{photo} cannot be read as an image ({reason}).") from None
 
 
@@ -313,7 +314,8 @@ def read_square(photo, channels, size, crop="center", face_box=None):
 def check_crop(crop):
     """Raise UserError unless this is a value of CROP."""
     holds = crop in ("face", "center") or re.fullmatch(r"\d+ +\d+ +[1-9]\d*", crop)
-    require(holds, "CROP", crop, '"face", "center", or left, top and size of a square in pixels, as "140 90 320"')
+    wanted = '"face", "center", or left, top and size in pixels of a square in the photo, as "140 90 320"'
+    require(holds, "CROP", crop, wanted)
 
 
 def crop_square(image, left, top, size):
