@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import nn
 from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
-from torchvision.transforms.functional import pad, to_pil_image
+from torchvision.transforms.functional import pad, resize, to_pil_image
 from torchvision.utils import make_grid
 
 # The size of the model. A checkpoint stores these four, so genpic.py takes them from there.
@@ -67,12 +67,16 @@ class VAE(nn.Module):
         self.decoder_input = nn.Linear(latent_dim, math.prod(self.feature_shape))
         self.decoder = nn.Sequential(*map(decoder_stage, up, up[1:]))
         self.final_layer = nn.Sequential(*decoder_stage(up[-1], up[-1]), nn.Conv2d(up[-1], channels, 3, padding=1))
-        self.to_size = square_transform(image_size)  # 160 x 160 -> 150 x 150
         self.face_box = None  # left, top and size of the face in its pictures, as shares of the side; None: unknown
 
         # The prior that `sample` draws from: N(0, I) until `fit_prior` has seen the codes of photos
         self.register_buffer("latent_mean", torch.zeros(latent_dim))
         self.register_buffer("latent_scale", torch.eye(latent_dim))
+
+        # Scales 160 pixels of the decoder to 150, with the weights of Resize, which itself is much slower to train
+        decoded = side * 2 ** len(hidden_dims)
+        to_size = resize(torch.eye(decoded, device="cpu")[None], [image_size, decoded])[0]
+        self.register_buffer("to_size", to_size, persistent=False)
 
     def encode(self, x):
         """Images (B, C, H, W) -> mean and log-variance of the posterior q(z|x), (B, L) each, in float32."""
@@ -87,8 +91,10 @@ class VAE(nn.Module):
     def decode(self, z):
         """Codes (B, L) -> images (B, C, H, W) in [0, 1], in float32."""
         features = self.decoder(self.decoder_input(z).unflatten(1, self.feature_shape))
-        logits = self.final_layer(features).float()  # in bfloat16 a sigmoid is 1.0 from 0.998 on, and BCE infinite
-        return self.to_size(torch.sigmoid(logits))
+        logits = self.final_layer(features)
+        with torch.autocast(z.device.type, enabled=False):  # a sigmoid in bfloat16 is 1.0 from 0.998 on, BCE infinite
+            decoded = torch.sigmoid(logits.to(torch.float32, memory_format=torch.contiguous_format))
+            return self.to_size @ decoded @ self.to_size.T
 
     def forward(self, x):
         """Images (B, C, H, W) -> (reconstructions of the same shape, mu (B, L), log_var (B, L)); z is drawn."""

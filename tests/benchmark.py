@@ -320,7 +320,7 @@ def rates(settings):
     flags = ["--device", DEVICE, "--image-size", str(IMAGE_SIZE), *"--epochs 1 --hidden-dims 4 4 4 4 4 --data".split()]
     for count in (CACHED // 4, CACHED):
         figures[f"train.py on {count:,} photos, RssAnon, MB"] = run_python([train.__file__, *flags, str(count)])
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         new_vae()(torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE))[0].sum().backward()
     gflop = counter.get_total_flops() / 1e9
     rate = figures["ours, images/s"]
