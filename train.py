@@ -72,7 +72,7 @@ world_size = int(os.environ.get("WORLD_SIZE", 1))
 
 # Losses: per image, summed over pixels and latents
 def reconstruction_loss(recon, x, kind):
-    """Loss (B,) of reconstructions of images (B, C, H, W) in [0, 1], summed over pixels.
+    """Loss (B,) of reconstructions of images (B, C, S, S) in [0, 1], summed over pixels.
 
     "mse" is the squared error, "ssim" that plus 0.01 (1 - SSIM) for each value of the image, "bce" the binary
     cross-entropy in nats.
@@ -90,7 +90,7 @@ def structural_similarity(one, other):
     """Mean SSIM (B,) of images (B, C, S, S) in [0, 1], over windows of 8 x 8 pixels, 4 apart (Wang et al. 2004)."""
     windows = nn.functional.avg_pool1d(torch.eye(one.shape[-1], device=one.device), 8, 4)
 
-    def mean(images):  # as products, much faster than avg_pool2d
+    def mean(images):  # as products, which take a CPU less time than avg_pool2d
         return windows.T @ images @ windows
 
     mean_one = mean(one)
@@ -134,10 +134,10 @@ class Muon(torch.optim.Optimizer):
                 if weight not in self.state:
                     self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
                 mean = self.state[weight]["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
-                momentum = weight.grad.lerp(mean, group["momentum"]).movedim(1, -1)  # as in memory, which saves copies
-                matrix = momentum.flatten(1)
+                direction = weight.grad.lerp(mean, group["momentum"]).movedim(1, -1)  # as channels-last weights lie
+                matrix = direction.flatten(1)
                 with autocast(weight.device):
-                    update = orthogonalize(matrix).reshape(momentum.shape).movedim(-1, 1)
+                    update = orthogonalize(matrix).reshape(direction.shape).movedim(-1, 1)
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.add_(update, alpha=-group["lr"] * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5)
 
@@ -287,12 +287,13 @@ def load_images(photos, batch, device):
     rows = photos[batch.to(photos.device)]
     if device.type == "cuda" and not rows.is_cuda:
         rows = rows.pin_memory()  # so that copying runs beside the GPU's work
-    return rows.to(device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float().div_(255)
+    images = rows.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    return images.contiguous().float().div_(255)  # three channels are too few for a layout with the channels last
 
 
 # The machine
 def reuse_freed_memory():
-    """Have glibc keep freed memory for the next step; getting it again, page by page, takes a quarter of a step."""
+    """Have glibc keep freed memory for the next step: getting it again, page by page, takes long."""
     with suppress(OSError, AttributeError):  # of other C libraries
         library = ctypes.CDLL("libc.so.6")
         library.mallopt(-3, 1 << 30) or library.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; before 2.35 at most 32 MB
@@ -320,6 +321,7 @@ def set_up_device():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # which "cuda" then means
         distributed.init_process_group("nccl" if on_gpus else "gloo")
     device = vae.pick_device(DEVICE)
+    torch.set_float32_matmul_precision("highest")  # SSIM takes differences of products: TF32 would be too coarse
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
@@ -452,7 +454,7 @@ def evaluate(run, mu, log_var):
     squared_error, reconstruction = torch.cat(losses, dim=1).cpu().double()
     kl = kl_divergence(mu, log_var).sum(1).cpu().double()
     return {
-        "val_loss": (reconstruction + kl_weight(1.0) * kl).mean().item(),
+        "val_loss": (reconstruction + BETA * kl).mean().item(),
         "val_reconstruction": reconstruction.mean().item(),
         "val_kl": kl.mean().item(),
         "val_psnr": vae.psnr(squared_error.mean().item(), images[0].numel()),
@@ -708,7 +710,7 @@ def describe_result(run):
 
 
 def describe_undo():
-    """Print how to restore the checkpoint that this run has replaced, if there was one."""
+    """Print how to restore the checkpoint of before the last new run, if there was one."""
     path = checkpoint_path()
     replaced = max(Path(OUTPUT_DIR).glob(f"previous-*/{path.name}"), key=os.path.getctime, default=None)
     if replaced:

@@ -73,7 +73,7 @@ class VAE(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(latent_dim))
         self.register_buffer("latent_scale", torch.eye(latent_dim))
 
-        # Scales 160 pixels of the decoder to 150, with the weights of Resize, which itself is much slower to train
+        # Scales what is decoded, as 160 pixels to 150, with the weights of Resize, which takes longer on a CPU
         decoded = side * 2 ** len(hidden_dims)
         to_size = resize(torch.eye(decoded, device="cpu")[None], [image_size, decoded])[0]
         self.register_buffer("to_size", to_size, persistent=False)
@@ -92,9 +92,10 @@ class VAE(nn.Module):
         """Codes (B, L) -> images (B, C, H, W) in [0, 1], in float32."""
         features = self.decoder(self.decoder_input(z).unflatten(1, self.feature_shape))
         logits = self.final_layer(features)
-        with torch.autocast(z.device.type, enabled=False):  # a sigmoid in bfloat16 is 1.0 from 0.998 on, BCE infinite
+        with torch.autocast(z.device.type, enabled=False):  # bfloat16 knows no number between 0.996 and 1
             decoded = torch.sigmoid(logits.to(torch.float32, memory_format=torch.contiguous_format))
-            return self.to_size @ decoded @ self.to_size.T
+            to_size = self.to_size.to(decoded)
+            return to_size @ decoded @ to_size.T
 
     def forward(self, x):
         """Images (B, C, H, W) -> (reconstructions of the same shape, mu (B, L), log_var (B, L)); z is drawn."""
@@ -130,7 +131,7 @@ def stage(convolution, inputs, outputs, **options):
     Of the classes, nn.Conv2d halves the sides and rounds up, nn.ConvTranspose2d with output_padding=1 doubles them.
     """
     layer = convolution(inputs, outputs, kernel_size=3, stride=2, padding=1, **options)
-    layer.bias.requires_grad_(False)  # BatchNorm subtracts it: computing its gradient, zero, takes a fifth of a step
+    layer.bias.requires_grad_(False)  # BatchNorm subtracts it: its gradient is zero, but slow to compute
     norm = nn.BatchNorm2d(outputs, momentum=0.3)  # with less, its running statistics lag behind Muon's large steps
     return nn.Sequential(layer, norm, nn.LeakyReLU(inplace=True))
 

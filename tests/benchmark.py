@@ -62,7 +62,8 @@ BACKWARD = "autograd::engine::evaluate_function: "
 PARTS = {
     "convolutions": r"aten::convolution(_backward)?",
     "batch norm": rf"aten::batch_norm|{BACKWARD}\w*BatchNormBackward0",
-    "loss": rf"reconstruction_loss|kl_divergence|{BACKWARD}(AvgPool2D|Pow|Mul|Div|Add|Sub|Rsub|Mean|Sum|Exp)Backward\d",
+    "loss and gradient of the resize": rf"reconstruction_loss|kl_divergence|{BACKWARD}"
+    r"(Mm|Bmm|UnsafeView|Expand|Pow|Mul|Div|Add|Sub|Rsub|Mean|Sum|Exp)Backward\d",
     "optimizers": r"Optimizer\.step.*",
     "data": r"load_images|augment",
 }
@@ -98,10 +99,10 @@ def worker(rounds, settings):
 
 
 def in_turns(*parts):
-    """Ask all generators for figures {name: number}, ROUNDS + 1 times; return medians without the first round."""
+    """Ask all generators for figures {name: number}, ROUNDS + 1 times; return those of each round after the first."""
     turns = zip(range(ROUNDS + 1), *parts, strict=False)
     rounds = [{name: figure for part in turn for name, figure in part.items()} for _, *turn in turns]
-    return {name: statistics.median(figures[name] for figures in rounds[min(1, ROUNDS) :]) for name in rounds[0]}
+    return rounds[min(1, ROUNDS) :]
 
 
 def seconds(function, *arguments):
@@ -313,23 +314,34 @@ def run_python(arguments):
     return most
 
 
+def arithmetic():
+    """Return the GFLOP of a training step for each image, in convolutions and linear layers."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = new_vae()
+        model.decode = lambda z: model.final_layer(
+            model.decoder(model.decoder_input(z).unflatten(1, model.feature_shape))
+        )
+        model(torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE))[0].sum().backward()
+    return counter.get_total_flops() / 1e9
+
+
 def rates(settings):
-    """Return the figures of all that work in turns, and the memory of train.py."""
+    """Return the figures of all that work in turns, as medians of the rounds, and the memory of train.py."""
     trainers = [plain, ours, parts] + [pythae, lightning] * PEERS
-    figures = in_turns(*(worker(trainer, settings) for trainer in trainers), products(), caching(), starting())
+    rounds = in_turns(*(worker(trainer, settings) for trainer in trainers), products(), caching(), starting())
+    gflop = arithmetic()
+    for figures in rounds:
+        rate = figures["ours, images/s"]
+        for other in [plain, pythae, lightning][: 1 + 2 * PEERS]:
+            figures[f"ours / {other.__name__}"] = rate / figures[f"{other.__name__}, images/s"]
+        for dtype in ("bfloat16", "float32"):
+            figures[f"ours / {dtype} product"] = rate * gflop / figures[f"torch.{dtype} product, GFLOP/s"]
+        del figures["parts, peak memory, MB"]  # that of the profiler
+    figures = {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}
+    figures["arithmetic, GFLOP/image"] = gflop
     flags = ["--device", DEVICE, "--image-size", str(IMAGE_SIZE), *"--epochs 1 --hidden-dims 4 4 4 4 4 --data".split()]
     for count in (CACHED // 4, CACHED):
         figures[f"train.py on {count:,} photos, RssAnon, MB"] = run_python([train.__file__, *flags, str(count)])
-    with FlopCounterMode(display=False) as counter:
-        new_vae()(torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE))[0].sum().backward()
-    gflop = counter.get_total_flops() / 1e9
-    rate = figures["ours, images/s"]
-    del figures["parts, peak memory, MB"]  # that of the profiler
-    for other in [plain, pythae, lightning][: 1 + 2 * PEERS]:
-        figures[f"ours / {other.__name__}"] = rate / figures[f"{other.__name__}, images/s"]
-    figures["arithmetic, GFLOP/image"] = gflop
-    for dtype in ("bfloat16", "float32"):
-        figures[f"ours / {dtype} product"] = rate * gflop / figures[f"torch.{dtype} product, GFLOP/s"]
     return figures
 
 
