@@ -1,6 +1,6 @@
 """How fast the scripts are on this machine, beside the training loop that people write first.
 
-    python tests/benchmark.py                       # on drawn faces: five minutes on two cores
+    python tests/benchmark.py                       # on drawn faces: ten minutes on two cores
     python tests/benchmark.py --photos FOLDER       # on photos; every constant below is a flag
     python tests/benchmark.py --quality             # time to a good picture
     python tests/benchmark.py --peers               # beside pythae and Lightning: pip install pythae lightning
