@@ -368,8 +368,7 @@ def augment(images):
         change = AUGMENT * (2 * torch.rand(len(images), 2, 3, device=images.device) - 1)
         maps = torch.eye(2, 3, device=images.device) + change
         grid = nn.functional.affine_grid(maps, images.shape, align_corners=False)
-        images = nn.functional.grid_sample(images, grid, "bicubic", "reflection", align_corners=False)
-        images = images.clamp(0, 1)
+        images = nn.functional.grid_sample(images, grid, "bicubic", "reflection", align_corners=False).clamp(0, 1)
     return images
 
 

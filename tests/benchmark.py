@@ -400,7 +400,7 @@ def ours_epochs():
         if process.wait():
             raise UserError("train.py has failed, see above.")
     finally:
-        process.terminate()
+        process.kill()  # at SIGTERM it would say that it stops
         process.wait()
 
 
