@@ -461,7 +461,7 @@ def evaluate(run, mu, log_var):
 
 
 def finish_epoch(run, speed):
-    """Fit the prior, validate, and write and print what an epoch leaves behind; `speed` is in photos per second."""
+    """Fit the prior, validate and write what an epoch leaves behind; return a line on it. `speed` is in photos/s."""
     run.model.eval()
     mu, log_var = encode(run, run.train_set[:16384])
     try:
@@ -489,7 +489,7 @@ def finish_epoch(run, speed):
         remark = "  COLLAPSED: all photos look alike; lower BETA or raise KL_WARMUP_EPOCHS"
     losses = f"train {row['train_loss']:.1f}  val {row['val_loss']:.1f}  KL {row['val_kl']:.1f} nats"
     quality = f"PSNR {row['val_psnr']:.2f} dB  {speed:.1f} images/s"
-    print(f"Epoch {row['epoch']:2d}/{EPOCHS}  {losses}  {quality}{remark}", flush=True)
+    return f"Epoch {row['epoch']:2d}/{EPOCHS}  {losses}  {quality}{remark}"
 
 
 # Files of a run
@@ -650,12 +650,13 @@ def train(run):
             print(f"Stopped     in epoch {run.epoch + 1}. To continue: {command} --resume", flush=True)
             raise SystemExit(128 + stop_signals[0])
         if rank == 0:
-            finish_epoch(run, speed)
+            line = finish_epoch(run, speed)
         run.epoch += 1
         run.step = 0
         run.sums = [0.0] * 4
         if rank == 0:
             save_last(run)  # after all that it describes
+            print(line, flush=True)
     if world_size > 1:
         distributed.destroy_process_group()
 
@@ -677,6 +678,8 @@ def check_settings():
     require(0 <= BETA < math.inf, "BETA", BETA, "at least 0")
     require(0 <= KL_WARMUP_EPOCHS <= EPOCHS, "KL_WARMUP_EPOCHS", KL_WARMUP_EPOCHS, f"from 0 to EPOCHS ({EPOCHS})")
     require(SEED >= 0, "SEED", SEED, "at least 0")
+    several = '"auto" or "cpu", as each process takes a GPU of its own'
+    require(world_size == 1 or ":" not in DEVICE, "DEVICE", DEVICE, several)
     require(COMPILE in ("auto", "yes", "no"), "COMPILE", COMPILE, '"auto", "yes" or "no"')
     out = Path(OUTPUT_DIR).resolve()
     require(Path(DATA).resolve() not in (out, *out.parents), "OUTPUT_DIR", OUTPUT_DIR, "a folder outside DATA")

@@ -71,12 +71,19 @@ def test_a_run_of_which_a_process_is_killed_ends_and_resumes_after_the_last_whol
     assert process.wait(timeout=300) != 0
     epoch = vae.load_checkpoint(folder / "killed/last.pth")[1]["position"]["epoch"]
     again = start(folder, *TWO, *command, "--resume")
-    assert epoch >= 1 and any(f"after {epoch} of 1000 epochs and 0 steps" in line for line in again.stdout)
+    assert epoch >= 2 and any(f"after {epoch} of 1000 epochs and 0 steps" in line for line in again.stdout)
     assert any(f"Epoch {epoch + 1:2d}/1000" in line for line in again.stdout)
     again.terminate()
 
 
-@pytest.mark.parametrize(("flag", "words"), [("--batch-size=9", "BATCH_SIZE is 9"), ("--data=nowhere", "nowhere does")])
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--batch-size=9", "BATCH_SIZE is 9"),
+        ("--data=nowhere", "nowhere does"),
+        ("--device=cpu:0", "DEVICE is 'cpu:0'"),
+    ],
+)
 def test_what_cannot_be_is_said_once(flag, words, folder):
     complaints = start(folder, *TWO, ROOT / "train.py", *RUN, flag).communicate(timeout=300)[1]
     assert complaints.count("train.py: ") == complaints.count(words) == 1
