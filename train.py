@@ -9,6 +9,7 @@ Writes checkpoints_best/vae_model_20.pth (the best weights, for genpic.py), last
 loss_curves.png, latent_space.png and progress/ with pictures of every epoch.
 """
 
+import copy
 import ctypes
 import functools
 import hashlib
@@ -110,8 +111,8 @@ def kl_divergence(mu, log_var):
 
 # Schedules: functions of the progress, the share in [0, 1] of the run's steps that is done
 def one_cycle(progress):
-    """Share of the peak learning rate: a linear rise over the first 5 % of the run, then a fall to 0, fast at first."""
-    return min(progress / 0.05, ((1 - progress) / 0.95) ** 1.5)
+    """Share of the peak learning rate: a linear rise over the first 2 % of the run, then a fall to 0, fast at first."""
+    return min(progress / 0.02, ((1 - progress) / 0.98) ** 1.5)
 
 
 def kl_weight(progress):
@@ -175,6 +176,20 @@ def optimizers_of(model):
     others = [parameter for parameter in model.parameters() if parameter not in {*inner}]
     muon = Muon([{"params": inner, "initial_lr": LEARNING_RATE}], {"momentum": 0.95, "weight_decay": 0.03})
     return muon, torch.optim.Adam([{"params": others, "initial_lr": LEARNING_RATE / 30}], fused=True)
+
+
+@torch.no_grad()
+def update_average(average, model, step):
+    """Move the weights of one VAE towards those of another, after `step` earlier steps.
+
+    This is an exponential moving average over about 50 steps, or a tenth of all so far (after Polyak & Juditsky 1992).
+    It is closer to a minimum than the weights, which a high learning rate keeps moving about.
+    """
+    share = max(1 / 50, 10 / (step + 10))
+    weights = model.state_dict()
+    for name, mean in average.state_dict().items():
+        if mean.is_floating_point() and not name.startswith("latent_"):  # not the prior, which the average alone has
+            mean.lerp_(weights[name], share)
 
 
 def seed_of(use, *numbers):
@@ -333,7 +348,8 @@ def set_up_device():
 class Run:
     """What a run works with, and how far it is."""
 
-    model: vae.VAE
+    model: vae.VAE  # what learns
+    average: vae.VAE  # its moving average: what is validated and saved
     optimizers: tuple  # Muon and Adam
     device: torch.device
     photos: torch.Tensor  # uint8 (N, H, W, C)
@@ -353,9 +369,10 @@ def new_run(settings, device):
     settings |= {"photos": f"{len(photos)} photos, checksum {checksum:08x}"}
     torch.manual_seed(seed_of(b"init"))
     model = vae.VAE(IMAGE_SIZE, CHANNELS, HIDDEN_DIMS, LATENT_DIM).to(device, memory_format=torch.channels_last)
+    average = copy.deepcopy(model)
     if world_size > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return Run(model, optimizers_of(model), device, photos, *split_photos(len(photos)), settings)
+    return Run(model, average, optimizers_of(model), device, photos, *split_photos(len(photos)), settings)
 
 
 # Step, epoch, validation
@@ -416,6 +433,7 @@ def train_epoch(run, network):
         progress = (global_step + 0.5) / (EPOCHS * len(batches))  # in the middle of the step
         images = load_images(run.photos, batch[rank::world_size], run.device)
         sums += train_step(network, run.optimizers, images, global_step, progress)
+        update_average(run.average, run.model, global_step)
         seen += len(batch)
         run.step += 1
         is_due = run.step % 50 == 0 or run.step == len(batches)  # looking at each loss would make the GPU wait
@@ -436,7 +454,7 @@ def encode(run, indices):
     for batch in indices.split(BATCH_SIZE // world_size):
         images = load_images(run.photos, batch, run.device)
         with autocast(run.device):
-            codes.append(torch.stack(run.model.encode(images)))
+            codes.append(torch.stack(run.average.encode(images)))
     return torch.cat(codes, dim=1)
 
 
@@ -448,7 +466,7 @@ def evaluate(run, mu, log_var):
     for batch, codes in zip(run.val_set.split(size), mu.split(size), strict=True):
         images = load_images(run.photos, batch, run.device)
         with autocast(run.device):
-            recon = run.model.decode(codes)
+            recon = run.average.decode(codes)
         losses.append(torch.stack([reconstruction_loss(recon, images, kind) for kind in ("mse", RECONSTRUCTION)]))
     squared_error, reconstruction = torch.cat(losses, dim=1).cpu().double()
     kl = kl_divergence(mu, log_var).sum(1).cpu().double()
@@ -462,10 +480,10 @@ def evaluate(run, mu, log_var):
 
 def finish_epoch(run, speed):
     """Fit the prior, validate and write what an epoch leaves behind; return a line on it. `speed` is in photos/s."""
-    run.model.eval()
+    run.average.eval()
     mu, log_var = encode(run, run.train_set[:16384])
     try:
-        run.model.fit_prior(mu, log_var)
+        run.average.fit_prior(mu, log_var)
     except torch.linalg.LinAlgError:
         raise UserError(f"The codes of epoch {run.epoch + 1} are out of bounds: lower LEARNING_RATE.") from None
     active = (mu.var(0, correction=0) > 0.01).sum().item()  # Burda et al. 2016, arXiv:1509.00519, section 5.2
@@ -479,7 +497,7 @@ def finish_epoch(run, speed):
 
     if is_best:
         constants = {name: value for name, value in run.settings.items() if name not in MAY_CHANGE}
-        vae.save_checkpoint(checkpoint_path(), run.model, constants=constants, face_box=run.model.face_box, **row)
+        vae.save_checkpoint(checkpoint_path(), run.average, constants=constants, face_box=run.average.face_box, **row)
     save_pictures(run, row["epoch"])
     save_history(run.history)
     if row["epoch"] == EPOCHS:
@@ -539,22 +557,23 @@ def save_last(run):
     """Write last.pth, all that --resume needs."""
     position = {name: getattr(run, name) for name in ("epoch", "step", "sums", "history")}
     states = [optimizer.state_dict() for optimizer in run.optimizers]
-    state = {"optimizers": states, "constants": run.settings, "position": position}
-    vae.save_checkpoint(Path(OUTPUT_DIR, "last.pth"), run.model, **state)
+    state = {"weights": run.model.state_dict(), "optimizers": states, "constants": run.settings, "position": position}
+    vae.save_checkpoint(Path(OUTPUT_DIR, "last.pth"), run.average, **state)
 
 
 def resume(run):
     """Put a run where last.pth left it. Raises UserError if that is none, or of other settings or photos."""
     path = Path(OUTPUT_DIR, "last.pth")
-    model, info = vae.load_checkpoint(path)
-    if "optimizers" not in info:
+    average, info = vae.load_checkpoint(path)
+    if "weights" not in info:
         raise UserError(f"{path} is not the last.pth of a run of this version: start a new one without --resume.")
     then = info["constants"]
     changes = [name for name in then if name in run.settings.keys() - MAY_CHANGE and then[name] != run.settings[name]]
     if changes:
         told = "; ".join(f"{name} was {then[name]} and is {run.settings[name]}" for name in sorted(changes))
         raise UserError(f"The run of {path} can only continue as it began: {told}.")
-    run.model.load_state_dict(model.state_dict())
+    run.average.load_state_dict(average.state_dict())
+    run.model.load_state_dict(info["weights"])
     for optimizer, state in zip(run.optimizers, info["optimizers"], strict=True):
         optimizer.load_state_dict(state)
     vars(run).update(info["position"])
@@ -567,8 +586,8 @@ def save_pictures(run, epoch):
     images = load_images(run.photos, run.val_set[:8], run.device)
     noise = vae.latent_noise(SEED, 64, LATENT_DIM).to(run.device)
     with autocast(run.device):
-        reconstructions = run.model.decode(run.model.encode(images)[0])
-        samples = run.model.decode(run.model.draw_latents(noise))
+        reconstructions = run.average.decode(run.average.encode(images)[0])
+        samples = run.average.decode(run.average.draw_latents(noise))
     stem = Path(OUTPUT_DIR, f"progress/epoch_{epoch:02d}")
     vae.save_grid(torch.cat([images, reconstructions]), f"{stem}_reconstructions.png", columns=len(images))
     vae.save_grid(samples, f"{stem}_samples.png", columns=8)
@@ -734,7 +753,7 @@ def main(argv=None):
             save_last(run)  # a run that is killed in its first epoch can resume as well
         if rank == 0:
             some = run.photos[run.train_set[:100].to(run.photos.device)]
-            run.model.face_box = list(FACE_BOX) if CROP == "face" else find_face_box(some)
+            run.average.face_box = list(FACE_BOX) if CROP == "face" else find_face_box(some)
             describe_run(run)
         train(run)
         if rank == 0:

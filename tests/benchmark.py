@@ -251,12 +251,12 @@ def ours():
         from_memory = epoch(lambda *_: one_batch)
         rate = epoch(load_images)
         figures = {"ours, images/s": rate, "epoch on photos / on one batch in memory": from_memory / rate}
-        run.model.eval()
+        run.average.eval()
         psnr = []
         for train.AMP in (False, True):
             psnr.append(train.evaluate(run, *train.encode(run, run.val_set))["val_psnr"])
         figures["validation PSNR in bfloat16 - in float32, dB"] = psnr[1] - psnr[0]
-        generation = seconds(torch.inference_mode()(genpic.decode), run.model, genpic.noise(run.model, 256))
+        generation = seconds(torch.inference_mode()(genpic.decode), run.average, genpic.noise(run.average, 256))
         yield figures | {"generation, images/s": 256 / generation}
 
 
@@ -386,20 +386,20 @@ def timed(epochs, mark=math.inf):
 def plain_epochs(done):
     """Train in the loop that people write first; yield the PSNR after each epoch that is not done."""
     run = train.new_run({}, vae.pick_device(DEVICE))
-    run.model = new_vae().to(run.device)
-    optimizer = torch.optim.Adam(run.model.parameters(), lr=1e-3)
+    run.average = new_vae().to(run.device)
+    optimizer = torch.optim.Adam(run.average.parameters(), lr=1e-3)
     if done:
         states = torch.load("plain.pth")
-        run.model.load_state_dict(states["model"])
+        run.average.load_state_dict(states["model"])
         optimizer.load_state_dict(states["optimizer"])
     photos = vae.find_photos("photos")
     train.AMP = False
     for _ in range(done, EPOCHS):
-        run.model.train()
+        run.average.train()
         batches = run.train_set[torch.randperm(len(run.train_set))].split(16)
-        plain_epoch(run.model, optimizer, ([photos[index] for index in batch] for batch in batches))
-        run.model.eval()
-        torch.save({"model": run.model.state_dict(), "optimizer": optimizer.state_dict()}, "plain.pth")
+        plain_epoch(run.average, optimizer, ([photos[index] for index in batch] for batch in batches))
+        run.average.eval()
+        torch.save({"model": run.average.state_dict(), "optimizer": optimizer.state_dict()}, "plain.pth")
         yield train.evaluate(run, *train.encode(run, run.val_set))["val_psnr"]
 
 

@@ -31,7 +31,7 @@ def test_photos_go_to_the_gpu_if_they_fit_and_bfloat16_gives_the_same_psnr(workp
     model, _ = vae.load_checkpoint(TRAINED, "cuda")
     device = model.latent_mean.device
     photos = train.load_photos(device)
-    run = train.Run(model, None, device, photos, *train.split_photos(len(photos)), {})
+    run = train.Run(None, model, None, device, photos, *train.split_photos(len(photos)), {})
     exact, rounded = [train.evaluate(run, *train.encode(run, run.val_set))["val_psnr"] for train.AMP in (False, True)]
     assert rounded == pytest.approx(exact, abs=0.05) and (rounded != exact) == train.has_bfloat16(device)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (photos.nbytes, 0))
