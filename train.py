@@ -111,8 +111,8 @@ def kl_divergence(mu, log_var):
 
 # Schedules: functions of the progress, the share in [0, 1] of the run's steps that is done
 def one_cycle(progress):
-    """Share of the peak learning rate: a linear rise over the first 2 % of the run, then a fall to 0, fast at first."""
-    return min(progress / 0.02, ((1 - progress) / 0.98) ** 1.5)
+    """Share of the peak learning rate: a linear rise over the first 2 % of the run, then a linear fall to 0."""
+    return min(progress / 0.02, (1 - progress) / 0.98)
 
 
 def kl_weight(progress):
@@ -180,10 +180,10 @@ def optimizers_of(model):
 
 @torch.no_grad()
 def update_average(average, model, step):
-    """Move the weights of one VAE towards those of another, after `step` earlier steps.
+    """Move `average` towards the weights of `model`, after `step` earlier steps.
 
-    This is an exponential moving average over about 50 steps, or a tenth of all so far (after Polyak & Juditsky 1992).
-    It is closer to a minimum than the weights, which a high learning rate keeps moving about.
+    It lags by 50 steps, or early in a run by a tenth of all so far (polynomial-decay averaging, Shamir & Zhang 2013).
+    A high learning rate keeps weights moving around a minimum; their average is closer to it (Polyak & Juditsky 1992).
     """
     share = max(1 / 50, 10 / (step + 10))
     weights = model.state_dict()
@@ -349,7 +349,7 @@ class Run:
     """What a run works with, and how far it is."""
 
     model: vae.VAE  # what learns
-    average: vae.VAE  # its moving average: what is validated and saved
+    average: vae.VAE  # its moving average: what is validated, and what genpic.py gets
     optimizers: tuple  # Muon and Adam
     device: torch.device
     photos: torch.Tensor  # uint8 (N, H, W, C)
@@ -369,7 +369,7 @@ def new_run(settings, device):
     settings |= {"photos": f"{len(photos)} photos, checksum {checksum:08x}"}
     torch.manual_seed(seed_of(b"init"))
     model = vae.VAE(IMAGE_SIZE, CHANNELS, HIDDEN_DIMS, LATENT_DIM).to(device, memory_format=torch.channels_last)
-    average = copy.deepcopy(model)
+    average = copy.deepcopy(model).eval()
     if world_size > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return Run(model, average, optimizers_of(model), device, photos, *split_photos(len(photos)), settings)
@@ -480,7 +480,6 @@ def evaluate(run, mu, log_var):
 
 def finish_epoch(run, speed):
     """Fit the prior, validate and write what an epoch leaves behind; return a line on it. `speed` is in photos/s."""
-    run.average.eval()
     mu, log_var = encode(run, run.train_set[:16384])
     try:
         run.average.fit_prior(mu, log_var)
@@ -554,7 +553,7 @@ def set_aside():
 
 
 def save_last(run):
-    """Write last.pth, all that --resume needs."""
+    """Write last.pth, all that --resume needs, unless a weight is not finite: then the average is not, either."""
     position = {name: getattr(run, name) for name in ("epoch", "step", "sums", "history")}
     states = [optimizer.state_dict() for optimizer in run.optimizers]
     state = {"weights": run.model.state_dict(), "optimizers": states, "constants": run.settings, "position": position}
@@ -562,7 +561,7 @@ def save_last(run):
 
 
 def resume(run):
-    """Put a run where last.pth left it. Raises UserError if that is none, or of other settings or photos."""
+    """Put a run where last.pth left it. Raises UserError if it is of other settings or photos, or is none."""
     path = Path(OUTPUT_DIR, "last.pth")
     average, info = vae.load_checkpoint(path)
     if "weights" not in info:
@@ -594,9 +593,8 @@ def save_pictures(run, epoch):
 
 
 def save_history(history):
-    """Write the figures of all epochs to history.csv, and draw those of training (z drawn) and validation (z = mu)."""
-    names = history[-1].keys()  # a run that began before a change of the script may have had others
-    lines = [",".join(names), *(",".join(str(row.get(name, "")) for name in names) for row in history)]
+    """Write the figures of all epochs to history.csv, and draw those of training and validation."""
+    lines = [",".join(history[0]), *(",".join(map(str, row.values())) for row in history)]
     with vae.atomic_write(Path(OUTPUT_DIR, "history.csv")) as file:
         file.write("\n".join([*lines, ""]).encode())
     figure = Figure((11, 3.2), layout="constrained")
@@ -607,7 +605,7 @@ def save_history(history):
         axes.set(xlabel="epoch", ylabel=label)
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    figure.legend(["training, z drawn", "validation, z = mean"], loc="outside upper center", ncols=2)
+    figure.legend(["training, z drawn", "validation, averaged weights, z = mean"], loc="outside upper center", ncols=2)
     with vae.atomic_write(Path(OUTPUT_DIR, "loss_curves.png")) as file:
         figure.savefig(file, dpi=120)
 

@@ -12,11 +12,9 @@ each in a process of its own. All work in turns, and figures are medians of all 
 run). The parts of a step are measured by torch.profiler, which makes small operations look a little slower.
 
 --quality tells, of one run each, the wall time until the validation PSNR is what plain has after EPOCHS epochs, with
-validation; of train.py itself, from the start of Python on, with decoding into the cache and all that it draws. With
---keep FOLDER the same command goes on after the last whole epoch, or with more epochs: on the same, quiet machine.
+validation; of train.py itself, from the start of Python on, with decoding into the cache and all that it draws.
 """
 
-import json
 import math
 import re
 import resource
@@ -25,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import chdir, nullcontext, redirect_stdout, suppress
+from contextlib import chdir, redirect_stdout, suppress
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -58,7 +56,6 @@ COMPILE: str = "auto"  # as in train.py
 DEVICE: str = "auto"  # "auto", "cuda" or "cpu"
 ROUNDS: int = 7  # repetitions after the first, which alone counts if there are none
 EPOCHS: int = 5  # of QUALITY: those of plain
-KEEP: str = ""  # of QUALITY: folder for its files, so that it can be continued; without one, they are deleted
 
 # The parts of a step, as torch.profiler calls them; an operation counts for all that it calls
 BACKWARD = "autograd::engine::evaluate_function: "
@@ -67,7 +64,7 @@ PARTS = {
     "batch norm": rf"aten::batch_norm|{BACKWARD}\w*BatchNormBackward0",
     "loss and gradient of the resize": rf"reconstruction_loss|kl_divergence|{BACKWARD}"
     r"(Mm|Bmm|UnsafeView|Expand|Pow|Mul|Div|Add|Sub|Rsub|Mean|Sum|Exp)Backward\d",
-    "optimizers": r"Optimizer\.step.*",
+    "optimizers and average": r"Optimizer\.step.*|update_average",
     "data": r"load_images|augment",
 }
 
@@ -118,18 +115,11 @@ def seconds(function, *arguments):
 
 
 # What is measured, and on what
-def put_photos(folder, settings):
+def put_photos(folder):
     """Put photos into folders in `folder`: links to those of PHOTOS, over again if need be, or to drawn faces."""
     sources = [photo.path.absolute() for photo in vae.find_photos(PHOTOS) if photo.member is None] if PHOTOS else []
     require(Path(PHOTOS).is_dir() and (sources or not PHOTOS), "PHOTOS", PHOTOS, "a folder with photos")
     require(not QUALITY or len(sources or range(2048)) >= COUNT, "COUNT", COUNT, "at most the number of the photos")
-    begun = folder / "settings.json"
-    lasting = json.dumps(settings | {"EPOCHS": 0})  # more epochs continue a run
-    is_begun = begun.exists() and begun.read_text() == lasting
-    require(is_begun or not any(folder.glob("*")), "KEEP", KEEP, "an empty folder, or one of these very settings")
-    if is_begun:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
     for seed in range(0 if PHOTOS else min(COUNT, 2048)):
         sources.append(folder / f"{seed}.jpg")
         draw_face(seed, size=(178, 218)).save(sources[-1], quality=95)
@@ -137,7 +127,6 @@ def put_photos(folder, settings):
         (folder / name).mkdir()
         for number in range(count):
             (folder / name / f"{number}.jpg").symlink_to(sources[number % len(sources)])
-    begun.write_text(lasting)
 
 
 def new_vae():
@@ -251,7 +240,6 @@ def ours():
         from_memory = epoch(lambda *_: one_batch)
         rate = epoch(load_images)
         figures = {"ours, images/s": rate, "epoch on photos / on one batch in memory": from_memory / rate}
-        run.average.eval()
         psnr = []
         for train.AMP in (False, True):
             psnr.append(train.evaluate(run, *train.encode(run, run.val_set))["val_psnr"])
@@ -265,7 +253,7 @@ def parts():
     train.reuse_freed_memory()
     run = train.new_run({}, train.set_up_device())
     run.train_set = run.train_set[: 4 * BATCH_SIZE]
-    for name in ("load_images", "augment", "reconstruction_loss", "kl_divergence"):
+    for name in ("load_images", "augment", "reconstruction_loss", "kl_divergence", "update_average"):
         setattr(train, name, record_function(name)(getattr(train, name)))
     kind = "device" if run.device.type == "cuda" else "cpu"
     while True:
@@ -328,9 +316,9 @@ def run_python(arguments):
 def arithmetic():
     """Return the GFLOP of a training step for each image, in the convolutions."""
     with FlopCounterMode(display=False) as counter:
-        plain_loss(new_vae(), torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE)).backward()
+        plain_loss(new_vae(), torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE)).backward()
     operations = counter.get_flop_counts()["Global"]
-    return sum(flop for name, flop in operations.items() if "convolution" in str(name)) / 1e9
+    return sum(flop for name, flop in operations.items() if "convolution" in str(name)) / 2e9
 
 
 def rates(settings):
@@ -356,9 +344,9 @@ def rates(settings):
 # Time to quality
 def quality():
     """Return how long plain takes to the validation PSNR that it has after EPOCHS epochs, and how long train.py."""
-    slow = timed(plain_epochs)
+    slow = timed("plain", plain_epochs())
     mark = slow[-1][1]
-    fast = timed(ours_epochs, mark)
+    fast = timed("ours", ours_epochs(), mark)
     if fast[-1][1] < mark:
         raise UserError(f"train.py has ended with {fast[-1][1]} dB, and plain with {mark} dB: raise COUNT.")
     slow = [row for number, row in enumerate(slow) if all(psnr < mark for _, psnr in slow[:number])]
@@ -366,51 +354,40 @@ def quality():
     return figures | {"plain / ours": slow[-1][0] / fast[-1][0], "plain, epochs": len(slow), "ours, epochs": len(fast)}
 
 
-def timed(epochs, mark=math.inf):
-    """Return (seconds, PSNR) of each epoch that a generator yields, to the first that has the mark."""
-    name = epochs.__name__.removesuffix("_epochs")
-    file = Path(f"{name}.json")
-    rows = json.loads(file.read_text()) if file.exists() else []
-    begin = time.perf_counter() - (rows[-1][0] if rows else 0)
-    generator = epochs(len(rows))
-    while not rows or rows[-1][1] < mark:
-        psnr = next(generator, None)
-        if psnr is None:
-            break
+def timed(name, epochs, mark=math.inf):
+    """Return (seconds, PSNR) of each epoch of a generator, to the first that has the mark."""
+    rows = []
+    begin = time.perf_counter()
+    for psnr in epochs:
         rows.append((time.perf_counter() - begin, round(psnr, 2)))
-        print("{}, {:.1f} s: {:.2f} dB".format(name, *rows[-1]), flush=True)
-        file.write_text(json.dumps(rows))
+        print(f"{name}, {rows[-1][0]:.1f} s: {rows[-1][1]:.2f} dB", flush=True)
+        if psnr >= mark:
+            break
     return rows
 
 
-def plain_epochs(done):
-    """Train in the loop that people write first; yield the PSNR after each epoch that is not done."""
+def plain_epochs():
+    """Train in the loop that people write first; yield the PSNR after each epoch."""
     run = train.new_run({}, vae.pick_device(DEVICE))
-    run.average = new_vae().to(run.device)
-    optimizer = torch.optim.Adam(run.average.parameters(), lr=1e-3)
-    if done:
-        states = torch.load("plain.pth")
-        run.average.load_state_dict(states["model"])
-        optimizer.load_state_dict(states["optimizer"])
+    model = run.average = new_vae().to(run.device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     photos = vae.find_photos("photos")
     train.AMP = False
-    for _ in range(done, EPOCHS):
-        run.average.train()
+    for _ in range(EPOCHS):
+        model.train()
         batches = run.train_set[torch.randperm(len(run.train_set))].split(16)
-        plain_epoch(run.average, optimizer, ([photos[index] for index in batch] for batch in batches))
-        run.average.eval()
-        torch.save({"model": run.average.state_dict(), "optimizer": optimizer.state_dict()}, "plain.pth")
+        plain_epoch(model, optimizer, ([photos[index] for index in batch] for batch in batches))
+        model.eval()
         yield train.evaluate(run, *train.encode(run, run.val_set))["val_psnr"]
 
 
-def ours_epochs(done):
-    """Run train.py; yield the PSNR after each epoch that is not done."""
-    Path("ours").mkdir(exist_ok=True)  # has a cache of its own
+def ours_epochs():
+    """Run train.py; yield the PSNR after each epoch."""
+    Path("ours").mkdir()  # has a cache of its own
     names = ("IMAGE_SIZE", "BATCH_SIZE", "COMPILE", "DEVICE")
     flags = [f"--{name.lower().replace('_', '-')}={getattr(train, name)}" for name in names]
     flags += [f"--beta={0.132 * (IMAGE_SIZE / 150) ** 2}", "--hidden-dims", *map(str, HIDDEN_DIMS)]
     command = [sys.executable, train.__file__, *flags, "--data", str(Path("photos").absolute())]
-    command += ["--resume"] * (done > 0)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="ours")
     try:
         for line in process.stdout:
@@ -432,8 +409,8 @@ def main(argv=None):
     for peer in ("pythae", "lightning") * PEERS:
         require(find_spec(peer), "PEERS", PEERS, f"False, as {peer} is missing: `pip install pythae lightning`")
     require(CROP == "center" or not QUALITY, "CROP", CROP, '"center", as plain knows no other')
-    with nullcontext(KEEP) if KEEP else tempfile.TemporaryDirectory() as folder:
-        put_photos(Path(folder).absolute(), settings)
+    with tempfile.TemporaryDirectory() as folder:
+        put_photos(Path(folder))
         with chdir(folder), redirect_stdout(sys.stderr):
             usable = len(train.load_photos(torch.device("cpu")))  # writes the cache
             require(CROP == "face" or usable == COUNT, "PHOTOS", PHOTOS, "a folder of photos that can all be read")

@@ -60,7 +60,7 @@ def test_structural_similarity_and_its_gradient_are_those_of_the_paper():
 
 def test_schedules_rise_to_their_constants_and_the_learning_rate_falls_to_zero():
     shares = [train.one_cycle(progress) for progress in (0, 0.01, 0.02, 0.51, 1)]
-    assert shares == pytest.approx([0, 0.5, 1, 0.5**1.5, 0])
+    assert shares == pytest.approx([0, 0.5, 1, 0.5, 0])
     vars(train).update(EPOCHS=10, KL_WARMUP_EPOCHS=4.0)
     assert [train.kl_weight(epoch / 10) for epoch in (0, 2, 4, 10)] == pytest.approx([0, 0.066, 0.132, 0.132])
 
@@ -201,7 +201,7 @@ def test_a_step_is_that_of_the_formulas(kind, flip, share):
     torch.testing.assert_close([*model.parameters()], [*other.parameters()])
 
 
-def test_the_average_lags_by_a_tenth_of_all_steps_at_first_and_by_49_later():
+def test_the_average_of_weights_lags_by_an_eleventh_of_all_steps_at_first_and_by_49_later():
     model, average = vae.VAE(16, 1, [4], 3), vae.VAE(16, 1, [4], 3)
     average.latent_mean.fill_(7)
     numbers = average.fc_mu.bias, average.encoder[0][1].running_var  # a weight, and a buffer of BatchNorm
@@ -211,10 +211,8 @@ def test_the_average_lags_by_a_tenth_of_all_steps_at_first_and_by_49_later():
             tensor.data.fill_(step)
         train.update_average(average, model, step)
         lags.append(step - torch.cat(numbers).detach())
-    assert lags[0].abs().max() == 0
-    torch.testing.assert_close(
-        torch.stack(lags)[[110, 999]], torch.tensor([[10.0], [49.0]]).expand(2, 7), atol=0.1, rtol=0
-    )
+    for step, lag in {0: 0.0, 110: 10.0, 999: 49.0}.items():
+        torch.testing.assert_close(lags[step], torch.full((7,), lag), atol=0.1, rtol=0)
     assert average.latent_mean.tolist() == [7] * 3
 
 
@@ -234,7 +232,7 @@ def test_golden_run(workplace):
     with open("golden/history.csv") as file:
         rows = list(csv.DictReader(file))
     losses = [[float(row[name]) for name in ("train_reconstruction", "train_kl", "val_reconstruction")] for row in rows]
-    expected = [[268.522, 2.94820, 161.602], [250.634, 6.48932, 169.824], [245.164, 5.37443, 179.773]]
+    expected = [[268.205, 3.13070, 161.663], [248.413, 6.40658, 170.464], [240.167, 6.15887, 180.896]]
     np.testing.assert_allclose(losses, expected, rtol=1e-3)
 
 
