@@ -226,3 +226,5 @@ if __name__ == "__main__":
         main()
     except UserError as error:
         sys.exit(f"genpic.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

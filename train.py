@@ -5,7 +5,7 @@
     python train.py --resume                      # continue an interrupted run
     torchrun --nproc-per-node 4 train.py          # on four GPUs
 
-Writes checkpoints_best/vae_model_20.pth (the best weights, for genpic.py), last.pth (to resume), history.csv,
+Writes checkpoints_best/vae_model_20.pth (weights of the best epoch, for genpic.py), last.pth (to resume), history.csv,
 loss_curves.png, latent_space.png and progress/ with pictures of every epoch.
 """
 
@@ -333,6 +333,9 @@ def set_up_device():
     if world_size > 1:
         on_gpus = torch.cuda.is_available() and DEVICE != "cpu"
         if on_gpus:
+            gpus = torch.cuda.device_count()
+            here = int(os.environ["LOCAL_WORLD_SIZE"])
+            require(here <= gpus, "--nproc-per-node", here, f"at most {gpus}, the number of GPUs here")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # which "cuda" then means
         distributed.init_process_group("nccl" if on_gpus else "gloo")
     device = vae.pick_device(DEVICE)

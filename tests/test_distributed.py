@@ -9,6 +9,7 @@ import torch
 from conftest import ROOT, SMALL, start
 from faces import draw_faces
 
+import train
 import vae
 
 # Trains as train.py does, and leaves a file of the batches that this process sees and its weights after every step
@@ -87,3 +88,13 @@ def test_a_run_of_which_a_process_is_killed_ends_and_resumes_after_the_last_whol
 def test_what_cannot_be_is_said_once(flag, words, folder):
     complaints = start(folder, *TWO, ROOT / "train.py", *RUN, flag).communicate(timeout=300)[1]
     assert complaints.count("train.py: ") == complaints.count(words) == 1
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(train, "world_size", 3)
+    monkeypatch.setattr(train, "DEVICE", "auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(vae.UserError, match="--nproc-per-node is 3: it must be at most 2"):
+        train.set_up_device()
