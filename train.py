@@ -270,7 +270,7 @@ def load_photos(device):
     if rank == 0:
         print(f"Photos      {len(rows):,} of {found:,} can be used, cached in {cache} ({rows.nbytes / 1e6:,.0f} MB)")
     if len(rows) <= 2 * world_size:
-        raise UserError(f"{len(rows)} usable photos are too few: a run needs {2 * world_size + 1}.")
+        raise UserError(f"A run needs {2 * world_size + 1} usable photos and has {len(rows)}.")
     with warnings.catch_warnings(action="ignore"):  # that the array is read-only
         photos = torch.from_numpy(rows)
     fits = device.type == "cuda" and photos.nbytes < torch.cuda.mem_get_info(device)[0] / 2
@@ -727,7 +727,9 @@ def describe_result(run):
     choice = "" if path == Path("checkpoints_best/vae_model_20.pth") else f" --checkpoint {shlex.quote(str(path))}"
     print(f"Done        The weights of epoch {best['epoch']}, {best['val_psnr']:.2f} dB, are in {path}")
     print(f"Latents     {best['active_units']} of {LATENT_DIM} active, {best['val_kl']:.0f} nats of KL divergence")
-    print(f"Next        python genpic.py{choice}")
+    command = f"python genpic.py{choice}"
+    alike = "more epochs or photos, or a lower BETA, as all pictures of this model look alike"
+    print(f"Next        {command if best['active_units'] else alike}")
     describe_undo()
 
 

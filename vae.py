@@ -294,8 +294,9 @@ def read_image(photo, channels=CHANNELS, size=None):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB" if channels == 3 else "L")
     except Exception as error:  # on a broken file Pillow's decoders raise whatever they stumble over
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "unknown format: save it as JPEG" if unknown else getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or error
+        if isinstance(error, UnidentifiedImageError):
+            reason = "no picture in a known format: save it as JPEG"
         raise UserError(f"{photo} cannot be read as an image ({reason}).") from None
 
 

@@ -20,7 +20,7 @@ NO_PHOTO = "it must be a file other than the photos"
 REFUSED = {
     "--checkpoint missing.pth": "There is no checkpoint missing.pth: `python train.py` makes one",
     "--image empty --mode reconstruct": "There is no readable photo in empty",
-    "--mode interpolate --image-to broken.jpg": "broken.jpg cannot be read as an image (unknown format: save it as",
+    "--mode interpolate --image-to broken.jpg": "broken.jpg cannot be read as an image (no picture in a known format",
     "--image-to me.jpg": "MODE is 'variations': it must be \"interpolate\" if IMAGE_TO names a photo",
     "--image me.jpg --output me.jpg": f"OUTPUT is 'me.jpg': {NO_PHOTO}",
     "--image me.jpg --output faces/me.jpg": NO_PHOTO,  # to which me.jpg is a link

@@ -94,9 +94,9 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path):
 BROKEN = {  # name: (bytes of the file, what is said of it)
     "truncated.jpg": (TWINS["exif 6.jpg"][0][:4000], "image file is truncated"),
     "rotten.png": (TWINS["RGBA.png"][0][:-5000] + bytes(5000), "broken PNG file"),
-    "empty.jpg": (b"", "unknown format: save it as JPEG"),
-    "program.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "unknown format"),  # Ghostscript would run it
-    "IMG_1.HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "unknown format: save it as JPEG"),
+    "empty.jpg": (b"", "no picture in a known format: save it as JPEG"),
+    "program.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no picture"),  # Ghostscript would run it
+    "IMG_1.HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "no picture in a known format: save it as JPEG"),
     "bomb.ppm": (b"P6 14000 14000 255\n", "196000000 pixels"),  # refused by its header: more is not there
 }
 

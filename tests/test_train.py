@@ -174,7 +174,7 @@ def test_the_split_is_disjoint_and_drawn_by_the_seed(count, fraction, ranks, hel
 
 def test_two_photos_are_too_few(workplace):
     draw_faces(Path("few"), 2)
-    assert "2 usable photos are too few" in refusal(run, "--data", "few")
+    assert "A run needs 3 usable photos and has 2." in refusal(run, "--data", "few")
 
 
 @pytest.mark.parametrize(("kind", "flip", "share"), [("mse", True, 0.0), ("ssim", True, 0.0), ("bce", False, 0.1)])
@@ -316,8 +316,10 @@ def test_a_picture_of_the_latent_space_is_drawn_of_any_run(workplace, count, fla
 @pytest.mark.parametrize(("beta", "collapses"), [("1e4", True), ("0", False)])
 def test_a_run_says_that_its_posterior_has_collapsed(workplace, capsys, beta, collapses):
     run("--epochs", "6", "--beta", beta)
-    last = re.findall(r"Epoch  6/6.*", capsys.readouterr().out)[0]
+    said = capsys.readouterr().out
+    last = re.findall(r"Epoch  6/6.*", said)[0]
     assert ("COLLAPSED: all photos look alike; lower BETA" in last) == collapses
+    assert ("Next        more epochs or photos, or a lower BETA" in said) == collapses
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no cp")
