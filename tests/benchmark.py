@@ -122,7 +122,9 @@ def put_photos(folder):
     for seed in range(0 if PHOTOS else min(COUNT, 2048)):
         sources.append(folder / f"{seed}.jpg")
         draw_face(seed, size=(178, 218)).save(sources[-1], quality=95)
-    counts = {"photos": COUNT} if QUALITY else {"photos": COUNT, f"{CACHED // 4}": CACHED // 4, f"{CACHED}": CACHED}
+    counts = {"photos": COUNT}
+    if not QUALITY:
+        counts |= {str(count): count for count in (CACHED // 4, CACHED)}
     for name, count in counts.items():
         (folder / name).mkdir()
         for number in range(count):
