@@ -7,12 +7,12 @@
 
 "plain" is float32 in PyTorch's own memory layout, batches of 16, every JPEG decoded in the loop in every epoch, Adam at
 a constant 1e-3, squared error + 0.132 KL (at 150 pixels), and loss.item() after every step. "ours" are the functions of
-train.py. The peers have plain's batches, optimizer and precision, but photos in memory. All train the VAE of vae.py,
-each in a process of its own. They work in turns, each from cold caches, and figures are medians of all rounds after the
-first (RssAnon: of one run). torch.profiler measures the parts of a step, and makes small operations look slower.
+train.py. The peers have plain's batches, optimizer and precision, but photos in memory, and pythae a loss of its own.
+All train the VAE of vae.py, each in a process of its own. They work in turns, each from cold caches, and figures are
+medians of all rounds after the first. torch.profiler measures the parts of a step, and overstates small operations.
 
---quality tells, of one run each, the wall time until the validation PSNR is what plain has after EPOCHS epochs, with
-validation; of train.py itself, from the start of Python on, with decoding into the cache and all that it draws.
+--quality runs plain and train.py once each and prints the seconds until the validation PSNR of train.py is what plain
+has after EPOCHS epochs, with validation; those of train.py include the start of Python, decoding and all pictures.
 """
 
 import math
@@ -48,7 +48,7 @@ QUALITY: bool = False  # measure the time to a good picture instead
 PEERS: bool = False  # measure pythae and Lightning, too
 PHOTOS: str = ""  # folder of photos; without one, faces are drawn
 COUNT: int = 512  # photos in an epoch of ours; raise it to 20480 on a GPU, where these are over in no time
-CACHED: int = 12_000  # photos that are decoded into the cache, and on which the memory of train.py is measured
+CACHED: int = 12_000  # photos that are decoded into the cache
 BATCH_SIZE: int = 32  # photos in a step of ours; raise it to 256 on a GPU
 MATRIX: int = 2048  # side of the matrices that are multiplied; raise it to 8192 on a GPU
 COMPILE: str = "auto"  # as in train.py
@@ -98,10 +98,10 @@ def worker(rounds, settings):
 
 
 def in_turns(*parts):
-    """Ask all generators for figures {name: number}, ROUNDS + 1 times; return those of each round after the first."""
+    """Ask all generators for figures {name: number}, ROUNDS + 1 times; return medians of the rounds after the first."""
     turns = zip(range(ROUNDS + 1), *parts, strict=False)
     rounds = [{name: figure for part in turn for name, figure in part.items()} for _, *turn in turns]
-    return rounds[min(1, ROUNDS) :]
+    return {name: statistics.median(figures[name] for figures in rounds[min(1, ROUNDS) :]) for name in rounds[0]}
 
 
 def seconds(function, *arguments):
@@ -122,10 +122,7 @@ def put_photos(folder):
     for seed in range(0 if PHOTOS else min(COUNT, 2048)):
         sources.append(folder / f"{seed}.jpg")
         draw_face(seed, size=(178, 218)).save(sources[-1], quality=95)
-    counts = {"photos": COUNT}
-    if not QUALITY:
-        counts |= {str(count): count for count in (CACHED // 4, CACHED)}
-    for name, count in counts.items():
+    for name, count in {"photos": COUNT, "to cache": 0 if QUALITY else CACHED}.items():
         (folder / name).mkdir()
         for number in range(count):
             (folder / name / f"{number}.jpg").symlink_to(sources[number % len(sources)])
@@ -163,17 +160,17 @@ def plain_epoch(model, optimizer, batches):
 
 
 def plain():
-    """A round of plain is 128 photos."""
+    """A round of plain is an epoch of 256 photos."""
     model = new_vae().to(vae.pick_device(DEVICE))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    photos = vae.find_photos("photos")[:128]
+    photos = vae.find_photos("photos")[:256]
     batches = [photos[start : start + 16] for start in range(0, len(photos), 16)]
     while True:
         yield {"plain, images/s": len(photos) / seconds(plain_epoch, model, optimizer, batches)}
 
 
 def pythae():
-    """The VAE and the BaseTrainer of pythae: a round is an epoch of 128 photos."""
+    """The VAE and the BaseTrainer of pythae: a round is an epoch of 256 photos."""
     from pythae.data.datasets import BaseDataset
     from pythae.models import VAE, VAEConfig
     from pythae.models.base.base_utils import ModelOutput
@@ -191,7 +188,7 @@ def pythae():
 
     encoder, decoder = Encoder(), Decoder()
     encoder.network = decoder.network = new_vae()
-    photos = vae.find_photos("photos")[:128]
+    photos = vae.find_photos("photos")[:256]
     config = BaseTrainerConfig("pythae", per_device_train_batch_size=16, learning_rate=1e-3, no_cuda=DEVICE == "cpu")
     data = BaseDataset(decode(photos), torch.zeros(len(photos)))
     trainer = BaseTrainer(VAE(VAEConfig(), encoder, decoder), data, training_config=config)
@@ -201,7 +198,7 @@ def pythae():
 
 
 def lightning():
-    """A LightningModule and the Trainer of Lightning: a round is an epoch of 128 photos."""
+    """A LightningModule and the Trainer of Lightning: a round is an epoch of 256 photos."""
     from lightning import LightningModule, Trainer
     from lightning.pytorch.callbacks import Timer
 
@@ -218,7 +215,7 @@ def lightning():
 
     module = Module()
     module.network = new_vae()
-    images = decode(vae.find_photos("photos")[:128])
+    images = decode(vae.find_photos("photos")[:256])
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     while True:
         timer = Timer()
@@ -228,30 +225,15 @@ def lightning():
 
 
 def ours():
-    """The functions of train.py: a round is an epoch on photos, and another on one batch repeated from memory."""
+    """The functions of train.py: a round is an epoch of COUNT photos, less those held out and the last odd batch."""
     train.reuse_freed_memory()
     run = train.new_run({}, train.set_up_device())
     run.train_set = run.train_set[: len(run.train_set) // BATCH_SIZE * BATCH_SIZE]
     if COMPILE == "yes" or (COMPILE == "auto" and run.device.type == "cuda"):
         run.model.compile(dynamic=False)
-    load_images = train.load_images
-    one_batch = load_images(run.photos, run.train_set[:BATCH_SIZE], run.device)
-
-    def epoch(source):
-        train.load_images = source
-        vars(run).update(step=0, sums=[0.0] * 4)
-        return train.train_epoch(run, run.model)
-
     while True:
-        rate = epoch(load_images)
-        from_memory = epoch(lambda *_: one_batch)
-        figures = {"ours, images/s": rate, "epoch on photos / on one batch in memory": from_memory / rate}
-        psnr = []
-        for train.AMP in (False, True):
-            psnr.append(train.evaluate(run, *train.encode(run, run.val_set))["val_psnr"])
-        figures["validation PSNR in bfloat16 - in float32, dB"] = psnr[1] - psnr[0]
-        generation = seconds(torch.inference_mode()(genpic.decode), run.average, genpic.noise(run.average, 256))
-        yield figures | {"generation, images/s": 256 / generation}
+        vars(run).update(step=0, sums=[0.0] * 4)
+        yield {"ours, images/s": train.train_epoch(run, run.model)}
 
 
 def parts():
@@ -276,22 +258,22 @@ def parts():
 
 
 def products():
-    """Products of square matrices, of which the machine cannot make more."""
+    """Products of square matrices in the precision of ours, of which the machine cannot make more."""
     device = train.set_up_device()
-    matrices = [torch.randn(MATRIX, MATRIX, device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    dtype = torch.bfloat16 if train.has_bfloat16(device) else torch.float32
+    matrix = torch.randn(MATRIX, MATRIX, device=device, dtype=dtype)
     while True:
-        fastest = {a.dtype: min(seconds(torch.mm, a, a) for _ in range(5)) for a in matrices}
-        yield {f"{dtype} product, GFLOP/s": 2e-9 * MATRIX**3 / fastest[dtype] for dtype in fastest}
+        fastest = min(seconds(torch.mm, matrix, matrix) for _ in range(5))
+        yield {"matrix products, GFLOP/s": 2e-9 * MATRIX**3 / fastest}
 
 
 def caching():
     """Decoding into the cache, on one core, which is that of this process, and on all."""
-    photos = vae.find_photos(str(CACHED))
+    photos = vae.find_photos("to cache")
     while True:
         one = seconds(train.build_cache, photos, Path("cache"), 0)
         more = seconds(train.build_cache, photos, Path("cache"), torch.get_num_threads())
-        figures = {"cache on 1 core, images/s": CACHED / one, "cache on all cores, images/s": CACHED / more}
-        yield figures | {"cache on all cores / on 1": one / more}
+        yield {"cache on 1 core, photos/s": CACHED / one, "cache on all cores, photos/s": CACHED / more}
 
 
 def starting():
@@ -299,25 +281,15 @@ def starting():
     vae.save_checkpoint(genpic.CHECKPOINT, new_vae(), face_box=train.FACE_BOX)
     photo = Path(genpic.__file__).with_name("data") / "tested_data/sample.jpg"
     bare = ["-c", f"import torch, torchvision; torch.load({genpic.CHECKPOINT!r}, weights_only=True)"]
+    whole = [genpic.__file__, "--device", DEVICE, "--image", str(photo)]
     while True:
-        one = seconds(run_python, bare)
-        whole = seconds(run_python, [genpic.__file__, "--device", DEVICE, "--image", str(photo)])
-        figures = {"imports and checkpoint, s": one, "genpic.py, s": whole}
-        yield figures | {"genpic.py / imports and checkpoint": whole / one}
+        yield {"imports and checkpoint, s": seconds(run_python, bare), "genpic.py, s": seconds(run_python, whole)}
 
 
 def run_python(arguments):
-    """Run Python to its end; return the most anonymous memory that it held (RssAnon, MB), 0 if no system tells."""
-    process = subprocess.Popen([sys.executable, *arguments], stdout=sys.stderr)
-    status = Path(f"/proc/{process.pid}/status")
-    most = 0.0
-    while process.poll() is None:
-        held = status.read_text().partition("RssAnon:")[2].split() if status.exists() else []
-        most = max(most, int(held[0]) * 1.024e-3 if held else 0)
-        time.sleep(0.01)
-    if process.returncode:
+    """Run Python to its end; raises UserError if it fails."""
+    if subprocess.run([sys.executable, *arguments], stdout=sys.stderr).returncode:
         raise UserError(f"{arguments[0]} has failed, see above.")
-    return most
 
 
 def arithmetic():
@@ -329,22 +301,17 @@ def arithmetic():
 
 
 def rates(settings):
-    """Return the figures of all that work in turns, as medians of the rounds, and the memory of train.py."""
+    """Return the figures of all that work in turns, and their ratios."""
     trainers = [plain, ours, parts] + [pythae, lightning] * PEERS
-    rounds = in_turns(*(worker(trainer, settings) for trainer in trainers), products(), caching(), starting())
-    gflop = arithmetic()
-    for figures in rounds:
-        rate = figures["ours, images/s"]
-        for other in [plain, pythae, lightning][: 1 + 2 * PEERS]:
-            figures[f"ours / {other.__name__}"] = rate / figures[f"{other.__name__}, images/s"]
-        for dtype in ("bfloat16", "float32"):
-            figures[f"ours / {dtype} product"] = rate * gflop / figures[f"torch.{dtype} product, GFLOP/s"]
-        del figures["parts, peak memory, MB"]  # that of the profiler
-    figures = {name: statistics.median(figures[name] for figures in rounds) for name in rounds[0]}
-    figures["arithmetic, GFLOP/image"] = gflop
-    flags = ["--device", DEVICE, "--image-size", str(IMAGE_SIZE), *"--epochs 1 --hidden-dims 4 4 4 4 4 --data".split()]
-    for count in (CACHED // 4, CACHED):
-        figures[f"train.py on {count:,} photos, RssAnon, MB"] = run_python([train.__file__, *flags, str(count)])
+    figures = in_turns(*(worker(trainer, settings) for trainer in trainers), products(), caching(), starting())
+    del figures["parts, peak memory, MB"]  # that of the profiler
+    pairs = [("ours", other.__name__, "images/s") for other in [plain, pythae, lightning][: 1 + 2 * PEERS]]
+    pairs += [("cache on all cores", "cache on 1 core", "photos/s"), ("genpic.py", "imports and checkpoint", "s")]
+    for one, other, unit in pairs:
+        figures[f"{one} / {other}"] = figures[f"{one}, {unit}"] / figures[f"{other}, {unit}"]
+    figures["arithmetic, GFLOP/image"] = arithmetic()
+    rate = figures["ours, images/s"] * figures["arithmetic, GFLOP/image"]
+    figures["arithmetic of ours / matrix products"] = rate / figures["matrix products, GFLOP/s"]
     return figures
 
 

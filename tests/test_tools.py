@@ -7,6 +7,7 @@ import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
+import benchmark
 import judge
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ TINY = "--count 64 --cached 40 --image-size 32 --hidden-dims 4 --matrix 16 --rou
 PEERS = ["--peers"] if find_spec("pythae") and find_spec("lightning") else []
 
 
-def benchmark(*flags):
+def measure(*flags):
     """Return the figures that benchmark.py prints."""
     command = [sys.executable, ROOT / "tests/benchmark.py", *TINY, *flags]
     lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300, check=True).stdout.splitlines()
@@ -24,16 +25,22 @@ def benchmark(*flags):
 
 
 def test_benchmark_prints_a_line_for_each_figure():
-    figures = benchmark(*PEERS)
-    assert len(figures) > 15 and all(map(math.isfinite, figures.values()))
-    assert figures["ours / plain"] == pytest.approx(figures["ours, images/s"] / figures["plain, images/s"], rel=0.01)
+    figures = measure(*PEERS)
+    assert len(figures) > 15 and all(0 < figure < math.inf for figure in figures.values())
     assert 0.3 < sum(share for name, share in figures.items() if name.endswith("share of a step")) < 1
 
 
 def test_benchmark_measures_the_time_to_quality():
-    figures = benchmark("--quality", "--epochs", "2")
+    figures = measure("--quality", "--epochs", "2")
     assert figures["plain, epochs"] in (1, 2) and figures["ours, epochs"] >= 1
-    assert figures["plain / ours"] == pytest.approx(figures["plain, s"] / figures["ours, s"], abs=0.001)
+    assert min(figures["plain, s"], figures["ours, s"], figures["plain / ours"]) > 0
+
+
+def test_benchmark_takes_the_median_of_all_rounds_but_the_first(monkeypatch):
+    monkeypatch.setattr(benchmark, "ROUNDS", 3)
+    one = ({"a": figure} for figure in (100, 5, 1, 2))
+    other = ({"b": figure} for figure in (200, 3, 9, 4))
+    assert benchmark.in_turns(one, other) == {"a": 2, "b": 4}
 
 
 @pytest.mark.parametrize("factor", [np.eye(3), np.diag([1, 2, 5]), np.array([[2, 1, 0], [1, 3, 1], [0, 1, 2]])])
