@@ -738,7 +738,7 @@ def describe_undo():
     path = checkpoint_path()
     replaced = max(Path(OUTPUT_DIR).glob(f"previous-*/{path.name}"), key=os.path.getctime, default=None)
     if replaced:
-        print(f"Undo        {shlex.join(['cp', str(replaced), str(path)])} (restores the checkpoint of before)")
+        print(f"Undo        To restore the checkpoint of before: {shlex.join(['cp', str(replaced), str(path)])}")
 
 
 def main(argv=None):

@@ -334,6 +334,6 @@ def test_files_of_earlier_runs_move_away_and_undo_brings_the_checkpoint_back(wor
         assert {path.name: path.read_bytes() for path in kept.glob("*.*")} == before
         assert len(list(kept.glob("progress/*"))) == len(list(out.glob("progress/*"))) == 2
         assert (out / "vae_model_1.pth").read_bytes() != before["vae_model_1.pth"]
-        command = re.search(rf"Undo +(.*/previous-{number}/.*) \(", capsys.readouterr().out)[1]
+        command = re.search(rf"Undo .*: (cp .*/previous-{number}/.*)", capsys.readouterr().out)[1]
         subprocess.run(shlex.split(command), check=True)
         assert (out / "vae_model_1.pth").read_bytes() == before["vae_model_1.pth"]
