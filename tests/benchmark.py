@@ -1,9 +1,9 @@
 """How fast the scripts are on this machine, beside the training loop that people write first.
 
-    python tests/benchmark.py                       # on drawn faces: ten minutes on two cores
+    python tests/benchmark.py                       # on drawn faces
     python tests/benchmark.py --photos FOLDER       # on photos; every constant below is a flag
     python tests/benchmark.py --quality             # time to a good picture
-    python tests/benchmark.py --peers               # beside pythae and Lightning: pip install pythae lightning
+    python tests/benchmark.py --peers               # also pythae and Lightning (pip install both): 10 minutes
 
 "plain" is float32 in PyTorch's own memory layout, batches of 16, every JPEG decoded in the loop in every epoch, Adam at
 a constant 1e-3, squared error + 0.132 KL (at 150 pixels), and loss.item() after every step. "ours" are the functions of
