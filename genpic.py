@@ -18,6 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_tensor
 
 import vae
+from data.faces import check_crop, read_square
+from data.photos import find_photos
 from vae import UserError, require
 
 CHECKPOINT: str = "checkpoints_best/vae_model_20.pth"  # the model, as train.py leaves it
@@ -39,7 +41,7 @@ SWEEP = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # the W of the rows of "sweep"
 def load_photo(model, photo):
     """Read a Photo as the model was trained to see it: (1, C, H, W) in [0, 1], on its device."""
     size = model.config["image_size"]
-    image, face = vae.read_square(photo, model.config["channels"], size, CROP, model.face_box)
+    image, face = read_square(photo, model.config["channels"], size, CROP, model.face_box)
     if CROP == "face" and model.face_box:
         print(f"Face        {photo}: {face or 'none found (turned, tilted, too small?), so this is the middle square'}")
     return to_tensor(image)[None].to(model.latent_mean.device)
@@ -47,7 +49,7 @@ def load_photo(model, photo):
 
 def load_photos(model, place):
     """Yield (Photo, image (1, C, H, W)) of all readable photos at a place; raises UserError if there are none."""
-    photos = vae.find_photos(place)
+    photos = find_photos(place)
     readable = False
     for photo in photos:
         try:
@@ -184,7 +186,7 @@ def check_settings():
     require(MODE in MODES, "MODE", MODE, f"one of {', '.join(MODES)}")
     require(MODE == "interpolate" or not IMAGE_TO, "MODE", MODE, '"interpolate" if IMAGE_TO names a photo')
     require(PRIOR in ("fitted", "standard"), "PRIOR", PRIOR, '"fitted" or "standard"')
-    vae.check_crop(CROP)
+    check_crop(CROP)
     require(0 <= W <= 1, "W", W, "a number from 0 to 1")
     require(NUM_VARIATIONS >= 1, "NUM_VARIATIONS", NUM_VARIATIONS, "at least 1")
     require(SEED >= 0, "SEED", SEED, "at least 0")
@@ -213,7 +215,7 @@ def main(argv=None):
     if PRIOR == "standard":
         model.latent_mean.zero_()
         model.latent_scale.copy_(torch.eye(model.config["latent_dim"]))
-    photos = [photo for place in (IMAGE, IMAGE_TO) if place for photo in vae.find_photos(place)]
+    photos = [photo for place in (IMAGE, IMAGE_TO) if place for photo in find_photos(place)]
     inputs = {str(photo.path.resolve()).lower() for photo in photos}  # some file systems ignore the case
     for number, (images, columns) in enumerate(MODES[MODE](model), start=1):
         path = Path(OUTPUT) if number == 1 else Path(OUTPUT).with_stem(f"{Path(OUTPUT).stem}-{number}")

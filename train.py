@@ -11,8 +11,6 @@ loss_curves.png, latent_space.png and progress/ with pictures of every epoch.
 
 import copy
 import ctypes
-import functools
-import hashlib
 import logging
 import math
 import os
@@ -21,7 +19,6 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 import zlib
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -34,11 +31,12 @@ from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from torch import distributed, nn
-from torch.utils.data import DataLoader
-from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
 import vae
+from data.cache import cached, map_cache
+from data.faces import check_crop, face_detector, median_face_box
+from data.photos import find_photos
 from vae import CHANNELS, HIDDEN_DIMS, IMAGE_SIZE, LATENT_DIM, UserError, require
 
 # What goes in and out
@@ -197,15 +195,15 @@ def seed_of(use, *numbers):
     return int(np.random.SeedSequence((SEED, *use, *numbers)).generate_state(1, np.uint64)[0])
 
 
-# Photos: decoded once, into a file that is mapped into memory
-def find_photos():
-    """Return the training photos and their folder: DATA, or data/demo while data/train is empty."""
+# Photos
+def find_training_photos():
+    """Return the Photos at DATA and their place: DATA itself, or data/demo while data/train is empty."""
     place = Path(DATA)
     demo = Path("data/demo")
     if place == Path("data/train") and not list(place.glob("[!.]*")) and demo.exists():
         print("data/train is empty, so this run trains on the demo faces in data/demo.")
         place = demo
-    photos = vae.find_photos(place) if place.exists() else []
+    photos = find_photos(place) if place.exists() else []
     if not photos:
         state = "holds no photos" if place.exists() else "does not exist"
         raise UserError(
@@ -215,79 +213,29 @@ def find_photos():
     return photos, place
 
 
-def cache_path(photos, place):
-    """Return the path of the cache of photos: it changes with their paths, sizes and times, CROP and IMAGE_SIZE."""
-    digest = hashlib.sha256(b"" if CROP == "center" else f"{CROP} {FACE_BOX}".encode())
-    for photo in photos:
-        stat = photo.path.stat() if photo.path.exists() else photo.path.lstat()  # of a broken link
-        name = os.fsencode(photo.path.relative_to(place))
-        digest.update(name + f"/{photo.member}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-    return Path(f"data/cache/{IMAGE_SIZE}x{IMAGE_SIZE}x{CHANNELS}-{digest.hexdigest()[:16]}.u8")
-
-
-def decode_photos(photos, size, channels, crop):
-    """Return some Photos as bytes, rows of uint8 (size, size, channels), and a sentence for each unusable one."""
-    rows = []
-    errors = []
-    for photo in photos:
-        try:
-            square, face = vae.read_square(photo, channels, size, crop, FACE_BOX)
-            if crop == "face" and not face:
-                raise UserError(f"{photo} shows no face.")
-            rows.append(square.tobytes())
-        except UserError as error:
-            errors.append(str(error))
-    return b"".join(rows), errors
-
-
-def build_cache(photos, cache, workers):
-    """Decode photos into a file of uint8 (N, H, W, C), in worker processes (0: in this one); raises UserError."""
-    decode = functools.partial(decode_photos, size=IMAGE_SIZE, channels=CHANNELS, crop=CROP)
-    batches = DataLoader(photos, 16, num_workers=workers, collate_fn=decode)
-    with vae.atomic_write(cache) as file:
-        for rows, errors in tqdm(batches, "Reading photos", unit="photo", unit_scale=16, leave=False, disable=None):
-            file.write(rows)
-            for error in errors:
-                tqdm.write(f"Skipped: {error}")
-        if not file.tell():
-            raise UserError(f"None of the {len(photos)} photos can be used; the first is {photos[0]}.")
-
-
-def load_photos(device):
-    """Return the photos as a uint8 tensor (N, H, W, C): on the GPU if they fit, else mapped from the cache file."""
-    cached = [None]
+def cache_photos():
+    """Return the path of the cache of the training photos, and how many photos there were; rank 0 writes it."""
+    result = [None]
     if rank == 0:
-        photos, place = find_photos()
-        cache = cache_path(photos, place)
-        if not cache.exists():  # for few photos worker processes start too slowly
-            build_cache(photos, cache, workers=torch.get_num_threads() * world_size if len(photos) > 256 else 0)
-        cached = [(cache, len(photos))]
+        photos, place = find_training_photos()
+        cut = {"channels": CHANNELS, "size": IMAGE_SIZE, "crop": CROP, "face_box": FACE_BOX}
+        result = [(cached(photos, place, cut, workers=torch.get_num_threads() * world_size), len(photos))]
     if world_size > 1:  # the other ranks wait as long as decoding may take
         patient = distributed.new_group(backend="gloo", timeout=timedelta(days=1))
-        distributed.broadcast_object_list(cached, group=patient)
-    cache, found = cached[0]
-    rows = np.memmap(cache, np.uint8, "r").reshape(-1, IMAGE_SIZE, IMAGE_SIZE, CHANNELS)
+        distributed.broadcast_object_list(result, group=patient)
+    return result[0]
+
+
+def load_pixels(device):
+    """Return the photos as uint8 (N, H, W, C): on the GPU if they fit there, else mapped from the cache."""
+    path, found = cache_photos()
+    pixels = map_cache(path, IMAGE_SIZE, CHANNELS)
     if rank == 0:
-        print(f"Photos      {len(rows):,} of {found:,} can be used, cached in {cache} ({rows.nbytes / 1e6:,.0f} MB)")
-    if len(rows) <= 2 * world_size:
-        raise UserError(f"A run needs {2 * world_size + 1} usable photos and has {len(rows)}.")
-    with warnings.catch_warnings(action="ignore"):  # that the array is read-only
-        photos = torch.from_numpy(rows)
-    fits = device.type == "cuda" and photos.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-    return photos.to(device) if fits else photos
-
-
-def find_face_box(photos):
-    """Return the median box of the faces in photos, uint8 (N, H, W, C): left, top and size as shares of the side.
-
-    Returns None if less than half of the photos show a face.
-    """
-    found = [vae.find_faces(to_pil_image(photo)) for photo in photos.cpu().numpy()]
-    boxes = [faces[0] for faces in found if faces]
-    print(f"Faces       found in {len(boxes)} of {len(photos)} training photos")
-    if len(boxes) < len(photos) / 2:
-        return None
-    return (np.median(boxes, axis=0) / IMAGE_SIZE).round(4).tolist()
+        print(f"Photos      {len(pixels):,} of {found:,} can be used, cached in {path} ({pixels.nbytes / 1e6:,.0f} MB)")
+    if len(pixels) <= 2 * world_size:
+        raise UserError(f"A run needs {2 * world_size + 1} usable photos and has {len(pixels)}.")
+    fits = device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+    return pixels.to(device) if fits else pixels
 
 
 def split_photos(count):
@@ -297,9 +245,9 @@ def split_photos(count):
     return indices[held_out:], indices[:held_out]
 
 
-def load_images(photos, batch, device):
-    """Return the photos, uint8 (N, H, W, C), at indices (B,) as images (B, C, H, W) in [0, 1]."""
-    rows = photos[batch.to(photos.device)]
+def load_images(pixels, batch, device):
+    """Return the rows of `pixels`, uint8 (N, H, W, C), at indices (B,) as images (B, C, H, W) in [0, 1]."""
+    rows = pixels[batch.to(pixels.device)]
     if device.type == "cuda" and not rows.is_cuda:
         rows = rows.pin_memory()  # so that copying runs beside the GPU's work
     images = rows.to(device, non_blocking=True).permute(0, 3, 1, 2)
@@ -355,7 +303,7 @@ class Run:
     average: vae.VAE  # its moving average: what is validated, and what genpic.py gets
     optimizers: tuple  # Muon and Adam
     device: torch.device
-    photos: torch.Tensor  # uint8 (N, H, W, C)
+    pixels: torch.Tensor  # the photos, uint8 (N, H, W, C)
     train_set: torch.Tensor  # indices of photos
     val_set: torch.Tensor
     settings: dict  # the constants, and the number and checksum of the photos
@@ -367,15 +315,15 @@ class Run:
 
 def new_run(settings, device):
     """Return a run before its first step; SEED draws the weights and the split."""
-    photos = load_photos(device)
-    checksum = zlib.crc32(photos[:, IMAGE_SIZE // 2].cpu().numpy().tobytes())  # of the middle row of each
-    settings |= {"photos": f"{len(photos)} photos, checksum {checksum:08x}"}
+    pixels = load_pixels(device)
+    checksum = zlib.crc32(pixels[:, IMAGE_SIZE // 2].cpu().numpy().tobytes())  # of the middle row of each
+    settings |= {"photos": f"{len(pixels)} photos, checksum {checksum:08x}"}
     torch.manual_seed(seed_of(b"init"))
     model = vae.VAE(IMAGE_SIZE, CHANNELS, HIDDEN_DIMS, LATENT_DIM).to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(model).eval()
     if world_size > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return Run(model, average, optimizers_of(model), device, photos, *split_photos(len(photos)), settings)
+    return Run(model, average, optimizers_of(model), device, pixels, *split_photos(len(pixels)), settings)
 
 
 # Step, epoch, validation
@@ -434,7 +382,7 @@ def train_epoch(run, network):
     for batch in tqdm(batches[run.step :], f"Epoch {run.epoch + 1}/{EPOCHS}", leave=False, disable=rank > 0 or None):
         global_step = run.epoch * len(batches) + run.step
         progress = (global_step + 0.5) / (EPOCHS * len(batches))  # in the middle of the step
-        images = load_images(run.photos, batch[rank::world_size], run.device)
+        images = load_images(run.pixels, batch[rank::world_size], run.device)
         sums += train_step(network, run.optimizers, images, global_step, progress)
         update_average(run.average, run.model, global_step)
         seen += len(batch)
@@ -451,11 +399,11 @@ def train_epoch(run, network):
 
 
 @torch.inference_mode()
-def encode(run, indices):
+def encode_photos(run, indices):
     """Return mu, log_var (N, L) each, of the photos at `indices`."""
     codes = []
     for batch in indices.split(BATCH_SIZE // world_size):
-        images = load_images(run.photos, batch, run.device)
+        images = load_images(run.pixels, batch, run.device)
         with autocast(run.device):
             codes.append(torch.stack(run.average.encode(images)))
     return torch.cat(codes, dim=1)
@@ -467,7 +415,7 @@ def evaluate(run, mu, log_var):
     losses = []
     size = BATCH_SIZE // world_size
     for batch, codes in zip(run.val_set.split(size), mu.split(size), strict=True):
-        images = load_images(run.photos, batch, run.device)
+        images = load_images(run.pixels, batch, run.device)
         with autocast(run.device):
             recon = run.average.decode(codes)
         losses.append(torch.stack([reconstruction_loss(recon, images, kind) for kind in ("mse", RECONSTRUCTION)]))
@@ -483,13 +431,13 @@ def evaluate(run, mu, log_var):
 
 def finish_epoch(run, speed):
     """Fit the prior, validate and write what an epoch leaves behind; return a line on it. `speed` is in photos/s."""
-    mu, log_var = encode(run, run.train_set[:16384])
+    mu, log_var = encode_photos(run, run.train_set[:16384])
     try:
         run.average.fit_prior(mu, log_var)
     except torch.linalg.LinAlgError:
         raise UserError(f"The codes of epoch {run.epoch + 1} are out of bounds: lower LEARNING_RATE.") from None
     active = (mu.var(0, correction=0) > 0.01).sum().item()  # Burda et al. 2016, arXiv:1509.00519, section 5.2
-    mu, log_var = encode(run, run.val_set)
+    mu, log_var = encode_photos(run, run.val_set)
     *sums, seen = run.sums
     means = {f"train_{name}": total / seen for name, total in zip(("loss", "reconstruction", "kl"), sums, strict=True)}
     state = {"active_units": active, "images_per_second": speed}
@@ -585,7 +533,7 @@ def resume(run):
 @torch.inference_mode()
 def save_pictures(run, epoch):
     """Save 8 validation photos over their reconstructions, and 64 samples from the same noise after every epoch."""
-    images = load_images(run.photos, run.val_set[:8], run.device)
+    images = load_images(run.pixels, run.val_set[:8], run.device)
     noise = vae.latent_noise(SEED, 64, LATENT_DIM).to(run.device)
     with autocast(run.device):
         reconstructions = run.average.decode(run.average.encode(images)[0])
@@ -619,7 +567,7 @@ def plot_latents(run, mu, log_var, active):
     variances, directions = torch.linalg.eigh(centred.T @ centred)
     shares = variances.flip(0) / variances.sum().clamp_min(1e-12)
     places = (centred @ directions.flip(1)[:, :2])[:150].numpy()
-    photos = run.photos[run.val_set[:150].to(run.photos.device)].cpu().numpy()
+    photos = run.pixels[run.val_set[:150].to(run.pixels.device)].cpu().numpy()
 
     figure = Figure((11, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
@@ -687,7 +635,7 @@ def check_settings():
     require(CHANNELS in (1, 3), "CHANNELS", CHANNELS, "3 (colour) or 1 (grey)")
     require(LATENT_DIM >= 1, "LATENT_DIM", LATENT_DIM, "at least 1")
     require(min(HIDDEN_DIMS, default=0) >= 1, "HIDDEN_DIMS", HIDDEN_DIMS, "a list of numbers, each at least 1")
-    vae.check_crop(CROP)
+    check_crop(CROP)
     require(0 <= VAL_FRACTION < 1, "VAL_FRACTION", VAL_FRACTION, "at least 0 and less than 1")
     require(EPOCHS >= 1, "EPOCHS", EPOCHS, "at least 1")
     fits = 2 * world_size <= BATCH_SIZE and BATCH_SIZE % world_size == 0
@@ -703,7 +651,7 @@ def check_settings():
     require(COMPILE in ("auto", "yes", "no"), "COMPILE", COMPILE, '"auto", "yes" or "no"')
     out = Path(OUTPUT_DIR).resolve()
     require(Path(DATA).resolve() not in (out, *out.parents), "OUTPUT_DIR", OUTPUT_DIR, "a folder outside DATA")
-    require(CROP != "face" or vae.face_detector(), "CROP", CROP, '"center" as long as faces cannot be found')
+    require(CROP != "face" or face_detector(), "CROP", CROP, '"center" as long as faces cannot be found')
     if RESUME and not (out / "last.pth").exists():
         raise UserError(f"There is no {OUTPUT_DIR}/last.pth to resume: leave out --resume, or name its --output-dir.")
 
@@ -755,8 +703,8 @@ def main(argv=None):
             set_aside()
             save_last(run)  # a run that is killed in its first epoch can resume as well
         if rank == 0:
-            some = run.photos[run.train_set[:100].to(run.photos.device)]
-            run.average.face_box = list(FACE_BOX) if CROP == "face" else find_face_box(some)
+            some = run.pixels[run.train_set[:100].to(run.pixels.device)]
+            run.average.face_box = list(FACE_BOX) if CROP == "face" else median_face_box(some.cpu().numpy())
             describe_run(run)
         train(run)
         if rank == 0:

@@ -1,4 +1,4 @@
-"""A convolutional variational autoencoder (VAE) for face photos, and what train.py and genpic.py share."""
+"""A convolutional variational autoencoder (VAE) for photos of faces, and what train.py and genpic.py share."""
 
 import argparse
 import functools
@@ -8,21 +8,19 @@ import math
 import os
 import re
 import sys
-import typing
-import warnings
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import nn
 from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
-from torchvision.transforms.functional import pad, resize, to_pil_image
+from torchvision.transforms.functional import resize, to_pil_image
 from torchvision.utils import make_grid
 
-# The size of the model. A checkpoint stores these four, so genpic.py takes them from there.
+# The size of the model. A checkpoint stores these four values, and genpic.py takes them from there.
 IMAGE_SIZE: int = 150  # side of the square pictures in pixels, at least 16; training time grows with its square
 CHANNELS: int = 3  # 3 for colour, 1 for grey
 LATENT_DIM: int = 128  # numbers in a latent code; fewer give plainer pictures and smoother interpolations
@@ -38,11 +36,11 @@ def square_transform(size):
 
 def photo_transform(size):
     """Return the transform of a PIL image to a tensor (C, size, size) in [0, 1]."""
-    return Compose([Resize(size), CenterCrop(size), ToTensor()])
+    return Compose([square_transform(size), ToTensor()])
 
 
 celeb_transform = photo_transform(IMAGE_SIZE)
-celeb_transform1 = square_transform(IMAGE_SIZE)  # the names that other scripts import
+celeb_transform1 = square_transform(IMAGE_SIZE)
 
 
 class VAE(nn.Module):
@@ -204,202 +202,6 @@ def read_checkpoint(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whatever the zip reader and the unpickler stumble over
         raise UserError(f"{path} is damaged, or no checkpoint of tensors and plain Python types.") from None
-
-
-# Photos: files, and what is in .zip archives and .npy arrays
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # not EPS, for which Pillow runs Ghostscript
-SUFFIXES = set(".jpg .jpeg .png .webp .avif .gif .bmp .tif .tiff .ppm .pgm .heic".split())  # HEIC only to report it
-
-
-class Photo(typing.NamedTuple):
-    """Where a photo is: a file, or the name or row it has in a .zip archive or .npy array."""
-
-    path: Path
-    member: str | int | None = None
-
-    def __str__(self):
-        return str(self.path) if self.member is None else f"{self.path}/{self.member}"
-
-
-def find_photos(place):
-    """Return the Photos in a file, .zip or .npy, or in a folder, its subfolders and .zips; hidden files are ignored."""
-    if not os.path.isdir(place):
-        return photos_in(Path(place))
-    paths = []
-    for folder, subfolders, names in os.walk(place, onerror=lambda error: print(f"Skipped: {error}"), followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        paths += [Path(folder, name) for name in names if ends_in(name, {*SUFFIXES, ".zip"})]
-    return [photo for path in sorted(paths) for photo in photos_in(path)]
-
-
-def ends_in(name, suffixes):
-    """Whether a file name has one of the suffixes, in either case, and is not hidden."""
-    return Path(name).suffix.lower() in suffixes and not Path(name).name.startswith(".")
-
-
-def photos_in(path):
-    """Return the Photos in a file: those of an archive or array, else the file itself."""
-    if not ends_in(path, {".zip", ".npy"}):
-        return [Photo(path)]
-    container = open_container(path, os.getpid())
-    if isinstance(container, zipfile.ZipFile):
-        return [Photo(path, name) for name in sorted(container.namelist()) if ends_in(name, SUFFIXES)]
-    return [Photo(path, row) for row in range(len(container))]
-
-
-@functools.lru_cache(maxsize=8)
-def open_container(path, process):
-    """Return the ZipFile or mapped array of photos at `path`, opened once in a process; raises UserError if broken."""
-    try:
-        if path.suffix.lower() == ".zip":
-            return zipfile.ZipFile(path)
-        array = np.lib.format.open_memmap(path, "r")  # never unpickles
-        is_photos = array.shape[3:] in [(1,), (3,)] or (array.ndim == 3 and array.shape[2] > 3)  # else one photo
-        in_range = array.dtype == np.uint8 or (array.dtype.kind == "f" and 0 <= array.min() <= array.max() <= 1)
-        if not is_photos or not in_range:
-            raise ValueError(f"it holds {array.dtype} of shape {array.shape}, not uint8 or [0, 1], (N, H, W, 1 or 3)")
-        return array
-    except Exception as error:  # whatever zipfile and NumPy stumble over in a broken file
-        raise UserError(f"{path} cannot be read as an archive or array of photos ({error}).") from None
-
-
-def open_photo(photo):
-    """Return a Photo as a PIL image; raises whatever Pillow and zipfile raise."""
-    if photo.member is None:
-        return Image.open(photo.path, formats=FORMATS)
-    container = open_container(photo.path, os.getpid())
-    if isinstance(container, zipfile.ZipFile):
-        return Image.open(container.open(photo.member), formats=FORMATS)
-    pixels = container[photo.member]
-    return to_pil_image(pixels if pixels.dtype == np.uint8 else (pixels * 255).round().astype(np.uint8))
-
-
-def read_image(photo, channels=CHANNELS, size=None):
-    """Read a Photo or path upright, as an RGB (3 channels) or grey (1) PIL image, transparent areas over white.
-
-    A JPEG is decoded no larger than needed to scale it to `size` pixels. Raises UserError if it cannot be read.
-    """
-    photo = photo if isinstance(photo, Photo) else Photo(Path(photo))
-    try:
-        with warnings.catch_warnings(action="ignore"), open_photo(photo) as image:
-            if max(image.size) > 100 * min(image.size):  # its middle square would be scaled to gigabytes
-                raise ValueError(f"{image.width} x {image.height} pixels are no photo")
-            if size:
-                image.draft(None, (4 * size, 4 * size))
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") and np.asarray(image).max() > 255:  # 16 bits, which convert() would clip
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB" if channels == 3 else "L")
-    except Exception as error:  # on a broken file Pillow's decoders raise whatever they stumble over
-        reason = getattr(error, "strerror", None) or error
-        if isinstance(error, UnidentifiedImageError):
-            reason = "no picture in a known format: save it as JPEG"
-        raise UserError(f"{photo} cannot be read as an image ({reason}).") from None
-
-
-def read_square(photo, channels, size, crop="center", face_box=None):
-    """Read a Photo and cut it by `crop`, like CROP; return a PIL image (size x size) and a text on its face ("": none).
-
-    "face" without a face_box is "center". Raises UserError if the photo cannot be read or the square reaches beyond it.
-    """
-    if crop == "face" and not face_box:
-        crop = "center"
-    image = read_image(photo, channels, size if crop == "center" else None)
-    face = ""
-    if crop == "face":
-        image, face = crop_to_face(image, face_box)
-    elif crop != "center":
-        left, top, side = map(int, crop.split())
-        if left + side > image.width or top + side > image.height:
-            raise UserError(f"CROP {crop} reaches beyond {photo}, which has {image.width} x {image.height} pixels.")
-        image = crop_square(image, left, top, side)
-    return square_transform(size)(image), face
-
-
-def check_crop(crop):
-    """Raise UserError unless this is a value of CROP."""
-    holds = crop in ("face", "center") or re.fullmatch(r"\d+ +\d+ +[1-9]\d*", crop)
-    wanted = '"face", "center", or left, top and size in pixels of a square in the photo, as "140 90 320"'
-    require(holds, "CROP", crop, wanted)
-
-
-def crop_square(image, left, top, size):
-    """Cut a square out of a PIL image; outside of the image its edges are repeated."""
-    inside = (max(left, 0), max(top, 0), min(left + size, image.width), min(top + size, image.height))
-    outside = [inside[0] - left, inside[1] - top, left + size - inside[2], top + size - inside[3]]
-    return pad(image.crop(inside), outside, padding_mode="edge")
-
-
-# Faces, as boxes of left, top and size in pixels
-def crop_to_face(image, face_box):
-    """Cut the square out of a PIL image that has its largest face at `face_box`; return it and a text on the face.
-
-    If there is no face, the image is returned whole and the text is empty. It is also whole if its middle square is
-    framed nearly so: aligned photos are more exact than the detector.
-    """
-    faces = find_faces(image)
-    if not faces:
-        return image, ""
-    left, top, size = faces[0]
-    text = f"at ({left:.0f}, {top:.0f}), {size:.0f} pixels wide"
-    if len(faces) > 1:
-        text += ", the largest of several"
-    side = size / face_box[2]
-    left -= face_box[0] * side
-    top -= face_box[1] * side
-    short = min(image.size)
-    shift = max(abs(left + side / 2 - image.width / 2), abs(top + side / 2 - image.height / 2)) / short
-    if shift <= 0.06 and 0.88 <= side / short <= 1.18:
-        return image, f"{text}: framed as in training"
-    if size < 40:
-        text += ", so small that it is blurred"
-    square = [round(left), round(top), round(side)]
-    return crop_square(image, *square), f"{text}: cropped to it ({' '.join(map(str, square))})"
-
-
-def find_faces(image):
-    """Return the boxes of the upright frontal faces in a PIL image, the largest first."""
-    grey = image.convert("L")
-    for scale in sorted({min(4, side / max(image.size)) for side in (400, 800, 1600)}):  # large faces show in the first
-        boxes = [measure_face(grey, box) for box in detect_faces(grey, scale)]
-        faces = [box for box in boxes if box is not None]
-        if faces:
-            return sorted(faces, key=lambda box: -box[2])
-    return []
-
-
-def measure_face(grey, box):
-    """Return the mean of the boxes of a face in five copies of its surroundings, or None if fewer than three show it.
-
-    The detector's boxes have sizes that are 20 % apart; the scales of the copies are spread over such a step.
-    """
-    left, top, size = map(round, box)
-    margin = round(0.75 * size)
-    around = crop_square(grey, left - margin, top - margin, size + 2 * margin)
-    boxes = [face for k in range(5) for face in detect_faces(around, 100 / size * 1.2 ** (k / 5))]
-    same = [face for face in boxes if math.dist(face[:2], (margin, margin)) < size / 2]
-    return np.mean(same, axis=0) + (left - margin, top - margin, 0) if len(same) >= 3 else None
-
-
-def detect_faces(grey, scale):
-    """Return the boxes that dlib's detector finds in a grey PIL image when it looks at a copy of some scale."""
-    copy = grey.resize([math.ceil(side * scale) for side in grey.size], Image.Resampling.BILINEAR, reducing_gap=2)
-    faces = face_detector()(np.asarray(copy)) if face_detector() else []
-    return [np.array([face.left(), face.top(), face.width()]) / scale for face in faces]
-
-
-@functools.cache
-def face_detector():
-    """Return dlib's detector (histograms of oriented gradients, King 2009); None if dlib is not installed."""
-    try:
-        import dlib
-    except ImportError as error:
-        print(f"Faces cannot be found ({error}): `pip install dlib-bin` installs what is missing.")
-        return None
-    return dlib.get_frontal_face_detector()
 
 
 # Pictures

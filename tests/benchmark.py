@@ -42,6 +42,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import genpic
 import train
 import vae
+from data.cache import decode_photos
+from data.photos import find_photos
 from vae import HIDDEN_DIMS, IMAGE_SIZE, UserError, require
 
 QUALITY: bool = False  # measure the time to a good picture instead
@@ -116,7 +118,7 @@ def seconds(function, *arguments):
 # What is measured, and on what
 def put_photos(folder):
     """Put photos into folders in `folder`: links to those of PHOTOS, over again if need be, or to drawn faces."""
-    sources = [photo.path.absolute() for photo in vae.find_photos(PHOTOS) if photo.member is None] if PHOTOS else []
+    sources = [photo.path.absolute() for photo in find_photos(PHOTOS) if photo.member is None] if PHOTOS else []
     require(Path(PHOTOS).is_dir() and (sources or not PHOTOS), "PHOTOS", PHOTOS, "a folder with photos")
     require(not QUALITY or len(sources or range(2048)) >= COUNT, "COUNT", COUNT, "at most the number of the photos")
     for seed in range(0 if PHOTOS else min(COUNT, 2048)):
@@ -163,7 +165,7 @@ def plain():
     """A round of plain is an epoch of 256 photos."""
     model = new_vae().to(vae.pick_device(DEVICE))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    photos = vae.find_photos("photos")[:256]
+    photos = find_photos("photos")[:256]
     batches = [photos[start : start + 16] for start in range(0, len(photos), 16)]
     while True:
         yield {"plain, images/s": len(photos) / seconds(plain_epoch, model, optimizer, batches)}
@@ -188,7 +190,7 @@ def pythae():
 
     encoder, decoder = Encoder(), Decoder()
     encoder.network = decoder.network = new_vae()
-    photos = vae.find_photos("photos")[:256]
+    photos = find_photos("photos")[:256]
     config = BaseTrainerConfig("pythae", per_device_train_batch_size=16, learning_rate=1e-3, no_cuda=DEVICE == "cpu")
     data = BaseDataset(decode(photos), torch.zeros(len(photos)))
     trainer = BaseTrainer(VAE(VAEConfig(), encoder, decoder), data, training_config=config)
@@ -215,7 +217,7 @@ def lightning():
 
     module = Module()
     module.network = new_vae()
-    images = decode(vae.find_photos("photos")[:256])
+    images = decode(find_photos("photos")[:256])
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     while True:
         timer = Timer()
@@ -269,10 +271,11 @@ def products():
 
 def caching():
     """Decoding into the cache, on one core, which is that of this process, and on all."""
-    photos = vae.find_photos("to cache")
+    photos = find_photos("to cache")
+    cut = {"channels": 3, "size": IMAGE_SIZE}
     while True:
-        one = seconds(train.build_cache, photos, Path("cache"), 0)
-        more = seconds(train.build_cache, photos, Path("cache"), torch.get_num_threads())
+        one = seconds(decode_photos, photos, Path("cache"), cut, 0)
+        more = seconds(decode_photos, photos, Path("cache"), cut, torch.get_num_threads())
         yield {"cache on 1 core, photos/s": CACHED / one, "cache on all cores, photos/s": CACHED / more}
 
 
@@ -345,14 +348,14 @@ def plain_epochs():
     run = train.new_run({}, vae.pick_device(DEVICE))
     model = run.average = new_vae().to(run.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    photos = vae.find_photos("photos")
+    photos = find_photos("photos")
     train.AMP = False
     for _ in range(EPOCHS):
         model.train()
         batches = run.train_set[torch.randperm(len(run.train_set))].split(16)
         plain_epoch(model, optimizer, ([photos[index] for index in batch] for batch in batches))
         model.eval()
-        yield train.evaluate(run, *train.encode(run, run.val_set))["val_psnr"]
+        yield train.evaluate(run, *train.encode_photos(run, run.val_set))["val_psnr"]
 
 
 def ours_epochs():
@@ -385,7 +388,7 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         put_photos(Path(folder))
         with chdir(folder), redirect_stdout(sys.stderr):
-            usable = len(train.load_photos(torch.device("cpu")))  # writes the cache
+            usable = len(train.load_pixels(torch.device("cpu")))  # writes the cache
             require(usable == COUNT, "PHOTOS", PHOTOS, "a folder of photos that can all be read")
             figures = quality() if QUALITY else rates(settings)
     for name, figure in figures.items():

@@ -19,6 +19,7 @@ import torch
 import genpic
 import train
 import vae
+from data.photos import open_container
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -39,7 +40,7 @@ def untouched_scripts():
         for number, handler in handlers:
             signal.signal(number, handler)
         train.stop_signals.clear()
-        vae.open_container.cache_clear()  # tests use the same relative names
+        open_container.cache_clear()  # tests use the same relative names
 
 
 @pytest.fixture(autouse=True)

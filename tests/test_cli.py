@@ -23,6 +23,7 @@ def folder(tmp_path):
     """A folder with copies of the three scripts and photos to train on."""
     for name in ("vae.py", "train.py", "genpic.py"):
         shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "data", tmp_path / "data", ignore=shutil.ignore_patterns("demo", "t*"))
     draw_faces(tmp_path / "data/train", 40)
     return tmp_path
 

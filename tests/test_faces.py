@@ -1,21 +1,21 @@
 """Where faces are: in photos of any kind, in the pictures of a model, and what happens where there is none."""
 
-import re
 import shutil
 import sys
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, generate, refusal, run
 from PIL import Image, ImageOps
 from test_genpic import pictures
 
 import train
 import vae
+from data.faces import face_detector, median_face_box, read_square
+from data.photos import crop_square
 
 PORTRAIT = Image.open(ROOT / "tests/portrait.jpg")  # a sample of the model in a scene of noise, 640 x 480
-SQUARE = vae.crop_square(PORTRAIT, 373, 235, 217)  # has the face where FACE_BOX says
+SQUARE = crop_square(PORTRAIT, 373, 235, 217)  # has the face where FACE_BOX says
 
 
 KINDS = {
@@ -39,16 +39,16 @@ def model(workplace):
 @pytest.mark.parametrize("name", KINDS)
 def test_a_face_is_cut_to_its_place_in_photos_of_any_kind(name, tmp_path):
     KINDS[name].save(tmp_path / name)
-    square, face = vae.read_square(tmp_path / name, 1, 150, "face", train.FACE_BOX)
-    assert "cropped to it" in face
-    assert ("so small that it is blurred" in face) == (name == "small.png")
+    square, face = read_square(tmp_path / name, 1, 150, "face", train.FACE_BOX)
+    assert face.count == 1
+    assert ("so small that it will be blurred" in str(face)) == (name == "small.png")
     inside = slice(24, None) if "edge" in name else slice(None)  # the rest of that square is beyond the photo
     difference = np.asarray(square).astype(int) - np.asarray(ImageOps.grayscale(SQUARE).resize((150, 150)))
     assert np.abs(difference)[:, inside].mean() < 12  # if cut 5 % beside it, 20
 
 
 def test_what_is_beyond_the_edge_repeats_it():
-    pixels = np.asarray(vae.crop_square(PORTRAIT, -30, 400, 100))
+    pixels = np.asarray(crop_square(PORTRAIT, -30, 400, 100))
     assert np.array_equal(pixels, np.pad(np.asarray(PORTRAIT)[400:, :70], ((0, 20), (30, 0), (0, 0)), "edge"))
 
 
@@ -58,15 +58,9 @@ def test_the_largest_of_several_faces_is_taken_and_upside_down_ones_are_none(tmp
     group.paste(SQUARE.resize((190, 190)), (20, 250))
     group.paste(SQUARE.rotate(180), (20, 0))
     group.save(tmp_path / "group.png")
-    _, face = vae.read_square(tmp_path / "group.png", 3, 150, "face", train.FACE_BOX)
-    where = re.fullmatch(r"at \((.*), (.*)\), (.*) pixels wide, the largest of several: cropped to it .*", face)
-    assert [float(text) for text in where.groups()] == pytest.approx([280, 292, 118], abs=5)
-
-
-def test_a_photo_that_is_framed_already_keeps_its_middle_square():
-    sample = ROOT / "data/tested_data/sample.jpg"
-    squares = [vae.read_square(sample, 3, 150, crop, train.FACE_BOX)[0] for crop in ("face", "center")]
-    assert squares[0] == squares[1]
+    _, face = read_square(tmp_path / "group.png", 3, 150, "face", train.FACE_BOX)
+    assert face.count == 2 and ", the largest of several: cropped to it" in str(face)
+    assert face.box == pytest.approx([280, 292, 118], abs=5)
 
 
 def test_every_mode_crops_to_the_face(model, capsys):
@@ -92,15 +86,15 @@ def test_without_a_face_or_dlib_or_a_face_box_it_is_the_middle_square(model, mon
     pictures("--checkpoint", "other.pth", "--image", "me.jpg")
     assert "Face" not in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "dlib", None)
-    vae.face_detector.cache_clear()
+    face_detector.cache_clear()
     generate(*model, "--image=me.jpg")
-    vae.face_detector.cache_clear()
+    face_detector.cache_clear()
     assert "`pip install dlib-bin` installs what is missing.\n" in capsys.readouterr().out
 
 
 def test_training_cuts_photos_around_their_faces_and_tells_the_model_where_these_are(workplace, capsys):
     for number in range(4):
-        shifted = vae.crop_square(PORTRAIT, 150 + 20 * number, 30, 480)
+        shifted = crop_square(PORTRAIT, 150 + 20 * number, 30, 480)
         shifted.save(f"faces/face {number:03d}.jpg", quality=95)
     flags = ["--crop=face", "--image-size=64", "--epochs=1", "--output-dir=out"]
     run(*flags)
@@ -115,6 +109,7 @@ def test_training_cuts_photos_around_their_faces_and_tells_the_model_where_these
 
 def test_a_face_box_is_stored_if_half_of_the_photos_show_a_face():
     face = np.asarray(SQUARE.resize((150, 150)))
-    photos = torch.from_numpy(np.stack([face, np.zeros_like(face)]))
-    assert train.find_face_box(photos) == pytest.approx(train.FACE_BOX, abs=0.02)
-    assert train.find_face_box(photos[[0, 1, 1]]) is None
+    pictures = np.stack([face, np.zeros_like(face)])
+    assert median_face_box(pictures) == pytest.approx(train.FACE_BOX, abs=0.02)
+    assert median_face_box(pictures[..., :1]) == pytest.approx(train.FACE_BOX, abs=0.02)
+    assert median_face_box(pictures[[0, 1, 1]]) is None

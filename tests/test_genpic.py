@@ -14,6 +14,7 @@ from PIL import Image
 
 import genpic
 import vae
+from data.photos import find_photos, read_image
 
 MORPH = ["--mode", "interpolate", "--image", "faces/face 003.jpg", "--image-to", "faces/face 007.jpg"]
 NO_PHOTO = "it must be a file other than the photos"
@@ -79,7 +80,7 @@ def test_the_grid_is_the_photo_its_reconstruction_and_ten_variations(workplace, 
     assert Image.open("grid.png").size == (6 * 34 + 2, 2 * 34 + 2)
     assert len({picture.tobytes() for picture in grid[2:]}) == 10
     model, info = vae.load_checkpoint(TRAINED)
-    photo = vae.photo_transform(32)(vae.read_image("faces/face 000.jpg"))[None]
+    photo = vae.photo_transform(32)(read_image("faces/face 000.jpg"))[None]
     reconstruction = model.decode(model.encode(photo)[0])
     assert apart(grid[:2], [vae.to_picture(image) for image in (photo[0], reconstruction[0])]) <= 1
     assert apart(pictures("--w", "0")[2:], grid[1]) <= 1
@@ -98,7 +99,7 @@ def test_crop_is_in_pixels_of_the_upright_photo(workplace):
 
 
 def test_reconstruct_shows_each_photo_beside_its_reconstruction_on_numbered_sheets(workplace, capsys):
-    photos = [vae.read_image(photo) for photo in vae.find_photos(draw_faces(workplace / "faces", 70))]
+    photos = [read_image(photo) for photo in find_photos(draw_faces(workplace / "faces", 70))]
     Path("faces/a broken.jpg").write_text("no photo")
     pairs = np.concatenate([pictures("--mode", "reconstruct"), tiles("grid-2.png")[:12]])
     assert Image.open("grid.png").size == (8 * 34 + 2, 16 * 34 + 2)

@@ -30,12 +30,14 @@ def test_photos_go_to_the_gpu_if_they_fit_and_bfloat16_gives_the_same_psnr(workp
     train.DATA, train.IMAGE_SIZE = "faces", 32
     model, _ = vae.load_checkpoint(TRAINED, "cuda")
     device = model.latent_mean.device
-    photos = train.load_photos(device)
+    photos = train.load_pixels(device)
     run = train.Run(None, model, None, device, photos, *train.split_photos(len(photos)), {})
-    exact, rounded = [train.evaluate(run, *train.encode(run, run.val_set))["val_psnr"] for train.AMP in (False, True)]
+    exact, rounded = [
+        train.evaluate(run, *train.encode_photos(run, run.val_set))["val_psnr"] for train.AMP in (False, True)
+    ]
     assert rounded == pytest.approx(exact, abs=0.05) and (rounded != exact) == train.has_bfloat16(device)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (photos.nbytes, 0))
-    assert photos.is_cuda and not train.load_photos(device).is_cuda
+    assert photos.is_cuda and not train.load_pixels(device).is_cuda
 
 
 def test_memory_that_runs_out_is_a_sentence(workplace):

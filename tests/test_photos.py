@@ -14,7 +14,8 @@ from faces import draw_face
 from PIL import Image
 
 import vae
-from vae import UserError, find_photos, read_image
+from data.photos import find_photos, read_image
+from vae import UserError
 
 FACE = draw_face(7, size=(160, 190))
 GREY = FACE.convert("L")
@@ -110,7 +111,7 @@ def test_a_run_takes_what_can_be_read_and_names_the_rest(workplace, capsys):
     assert f"Photos      {len(TWINS)} of {len(TWINS) + len(BROKEN)} can be used" in said
     generate("--image", "odd", "--mode", "reconstruct")
     for told in (said, capsys.readouterr().out):
-        skipped = re.findall(r"^Skipped:? +odd/(.*) cannot be read as an image \((.*)\)\.$", told, re.MULTILINE)
+        skipped = re.findall(r"^Skipped +odd/(.*) cannot be read as an image \((.*)\)\.$", told, re.MULTILINE)
         assert [name for name, _ in skipped] == sorted(BROKEN)
         assert all(BROKEN[name][1] in reason for name, reason in skipped)
 

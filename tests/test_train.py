@@ -20,6 +20,8 @@ from torch.distributions import Normal, kl_divergence
 
 import train
 import vae
+from data import cache
+from data.photos import find_photos
 
 
 def finished_run(path):
@@ -121,30 +123,32 @@ def test_photos_are_decoded_once(workplace):
     first, *others = sorted(draw_faces(Path("few"), 6).iterdir())
     expected = [vae.photo_transform(32)(Image.open(path)).permute(1, 2, 0) for path in (first, *others)]
     vars(train).update(DATA="few", IMAGE_SIZE=32)
-    photos = train.load_photos(torch.device("cpu"))
+    photos = train.load_pixels(torch.device("cpu"))
     torch.testing.assert_close(photos / 255, torch.stack(expected), rtol=0, atol=0.01)
     before = first.stat()
     first.write_bytes(bytes(before.st_size))  # nobody looks into it again
     os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert torch.equal(train.load_photos(torch.device("cpu")), photos)
+    assert torch.equal(train.load_pixels(torch.device("cpu")), photos)
 
 
-def test_the_cache_follows_names_sizes_times_and_image_size_but_not_the_place(tmp_path):
+def test_the_cache_follows_names_sizes_times_and_cut_but_not_the_place(tmp_path, monkeypatch):
+    cut = {"channels": 3, "size": 32, "crop": "center", "face_box": None}
     folder = draw_faces(tmp_path / "faces", 3)
     changes = [
         lambda: os.utime(folder / "face 000.jpg", (1, 1)),
         lambda: os.truncate(folder / "face 001.jpg", 9),
         lambda: (folder / "face 002.jpg").rename(folder / "renamed.jpg"),
-        lambda: vars(train).update(IMAGE_SIZE=16),
-        lambda: vars(train).update(CROP="face"),
+        lambda: cut.update(size=16),
+        lambda: cut.update(crop="face"),
+        lambda: monkeypatch.setattr(cache, "DECODING", 0),
     ]
-    paths = {train.cache_path(vae.find_photos(folder), folder)}
+    paths = {cache.cache_path(find_photos(folder), folder, cut)}
     for change in changes:
         change()
-        paths.add(train.cache_path(vae.find_photos(folder), folder))
-    assert len(paths) == 6
+        paths.add(cache.cache_path(find_photos(folder), folder, cut))
+    assert len(paths) == 7
     moved = folder.rename(tmp_path / "moved")
-    assert train.cache_path(vae.find_photos(moved), moved) in paths
+    assert cache.cache_path(find_photos(moved), moved, cut) in paths
 
 
 @pytest.mark.parametrize("count", [200, 600])  # of more than 256, in worker processes
@@ -157,8 +161,8 @@ def test_every_photo_of_a_large_folder_is_there_in_order(workplace, monkeypatch,
         Image.new("RGB", (16, 16), (number % 256, number // 256, 0)).save(f"many/{number:03d}.png")
     for number in broken:
         Path(f"many/{number:03d}.png").write_bytes(b"")
-    photos = train.load_photos(torch.device("cpu")).long()
-    assert [int(n) for n in re.findall(r"Skipped: many/(\d+)\.png", capsys.readouterr().out)] == broken
+    photos = train.load_pixels(torch.device("cpu")).long()
+    assert [int(n) for n in re.findall(r"Skipped     many/(\d+)\.png", capsys.readouterr().out)] == broken
     assert (photos[:, 3, 5, 0] + 256 * photos[:, 3, 5, 1]).tolist() == sorted({*range(count)} - {*broken})
 
 
@@ -259,7 +263,7 @@ def test_validation_figures_do_not_depend_on_batches(kind, size):
     photos = torch.randint(0, 256, (11, 16, 16, 1), dtype=torch.uint8)
     images = photos.permute(0, 3, 1, 2) / 255
     new = train.Run(None, vae.VAE(16, 1, [4], 3).eval(), None, torch.device("cpu"), photos, None, torch.arange(11), {})
-    figures = train.evaluate(new, *train.encode(new, new.val_set))
+    figures = train.evaluate(new, *train.encode_photos(new, new.val_set))
     mu, log_var = new.average.encode(images)
     recon = new.average.decode(mu)
     loss = train.reconstruction_loss(recon, images, kind) + 0.132 * train.kl_divergence(mu, log_var).sum(1)
@@ -283,13 +287,15 @@ def test_the_checkpoint_holds_the_best_epoch_and_describes_itself(workplace):
     assert info["constants"]["LEARNING_RATE"] == 0.1
     assert not {"DATA", "OUTPUT_DIR"} & info["constants"].keys()  # it may go to others
     new = finished_run("out/vae_model_3.pth")
-    assert train.evaluate(new, *train.encode(new, new.val_set))["val_loss"] == pytest.approx(best["val_loss"], rel=1e-4)
+    assert train.evaluate(new, *train.encode_photos(new, new.val_set))["val_loss"] == pytest.approx(
+        best["val_loss"], rel=1e-4
+    )
 
 
 def test_the_prior_is_fitted_to_the_codes_of_the_training_photos(workplace):
     run("--epochs", "2", "--no-amp", "--output-dir", "out")
     new = finished_run("out/vae_model_2.pth")
-    mu, log_var = new.average.encode(new.photos[new.train_set].permute(0, 3, 1, 2) / 255)
+    mu, log_var = new.average.encode(new.pixels[new.train_set].permute(0, 3, 1, 2) / 255)
     covariance = torch.cov(mu.T, correction=0) + torch.diag(log_var.exp().mean(0))
     torch.testing.assert_close(new.average.latent_mean, mu.mean(0), atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(new.average.latent_scale @ new.average.latent_scale.T, covariance, atol=1e-3, rtol=1e-3)
@@ -297,7 +303,7 @@ def test_the_prior_is_fitted_to_the_codes_of_the_training_photos(workplace):
 
 def test_pictures_of_an_epoch_show_photos_over_their_reconstructions_and_samples(workplace):
     new = finished_run("checkpoints_best/last.pth")
-    photos = new.photos[new.val_set].permute(0, 3, 1, 2) / 255
+    photos = new.pixels[new.val_set].permute(0, 3, 1, 2) / 255
     reconstructions = new.average.decode(new.average.encode(photos)[0])
     vae.save_grid(torch.cat([photos, reconstructions]), "reconstructions.png", columns=2)
     vae.save_grid(new.average.decode(new.average.draw_latents(vae.latent_noise(0, 64, 8))), "samples.png", columns=8)

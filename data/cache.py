@@ -1,0 +1,74 @@
+"""Decode photos once, into a file of uint8 that is mapped into memory."""
+
+import functools
+import hashlib
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data.faces import read_square
+from vae import UserError, atomic_write
+
+DECODING = 1  # version of the code that decodes photos: raise it when that changes pixels, so that old caches retire
+
+
+def cached(photos, place, cut, workers):
+    """Return the path of the cache of Photos found at `place`; decode them first if there is none.
+
+    `cut` holds the arguments of read_square: channels, size, crop and face_box. Unusable photos are listed and left
+    out. Raises UserError if none can be used or the file cannot be written.
+    """
+    path = cache_path(photos, place, cut)
+    if not path.exists():
+        decode_photos(photos, path, cut, workers if len(photos) > 256 else 0)  # few photos end before workers start
+    return path
+
+
+def cache_path(photos, place, cut):
+    """Return the path of a cache: it depends on the photos' names, sizes and times, and on how they are cut."""
+    digest = hashlib.sha256(f"{DECODING} {sorted(cut.items())}".encode())
+    for photo in photos:
+        stat = photo.path.stat() if photo.path.exists() else photo.path.lstat()  # of a broken link
+        name = os.fsencode(photo.path.relative_to(place))
+        digest.update(name + f"/{photo.member}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    shape = f"{cut['size']}x{cut['size']}x{cut['channels']}"
+    return Path(f"data/cache/{shape}-{digest.hexdigest()[:16]}.u8")
+
+
+def decode_photos(photos, path, cut, workers):
+    """Decode Photos into a file of uint8 (N, H, W, C), in so many worker processes (0: in this one)."""
+    batches = DataLoader(photos, 16, num_workers=workers, collate_fn=functools.partial(decode_batch, cut=cut))
+    with atomic_write(path) as file:
+        for rows, errors in tqdm(batches, "Reading photos", unit="photo", unit_scale=16, leave=False, disable=None):
+            file.write(rows)
+            for error in errors:
+                tqdm.write(f"Skipped     {error}")
+        if not file.tell():
+            raise UserError(f"None of the {len(photos)} photos can be used; the first is {photos[0]}.")
+
+
+def decode_batch(photos, cut):
+    """Return some Photos as bytes, rows of uint8 (H, W, C), and a sentence for each one that cannot be used."""
+    rows = []
+    errors = []
+    for photo in photos:
+        try:
+            square, face = read_square(photo, **cut)
+            if cut.get("crop") == "face" and not face:
+                raise UserError(f"{photo} shows no face.")
+            rows.append(square.tobytes())
+        except UserError as error:
+            errors.append(str(error))
+    return b"".join(rows), errors
+
+
+def map_cache(path, size, channels):
+    """Return the photos in a cache file as a tensor of uint8 (N, H, W, C), mapped into memory."""
+    rows = np.memmap(path, np.uint8, "r").reshape(-1, size, size, channels)
+    with warnings.catch_warnings(action="ignore"):  # silence the read-only warning
+        return torch.from_numpy(rows)

@@ -1,0 +1,126 @@
+"""Find faces, and cut photos to the square around one. All boxes and squares are left, top and size in pixels."""
+
+import functools
+import math
+import re
+import typing
+
+import numpy as np
+from PIL import Image
+
+from data.photos import crop_square, read_image
+from vae import UserError, require, square_transform
+
+
+class Face(typing.NamedTuple):
+    """The largest face in a photo."""
+
+    box: list[float]  # what the detector found
+    square: list[int]  # what is cut, with the face at its place
+    count: int  # faces in the photo
+
+    def __str__(self):
+        left, top, size = self.box
+        place = f"at ({left:.0f}, {top:.0f}), {size:.0f} pixels wide"
+        several = ", the largest of several" if self.count > 1 else ""
+        small = ", so small that it will be blurred" if size < 40 else ""
+        return f"{place}{several}{small}: cropped to it ({' '.join(map(str, self.square))})"
+
+
+# The detector
+@functools.cache
+def face_detector():
+    """Return dlib's face detector (histograms of oriented gradients, King 2009), or None if dlib is not installed."""
+    try:
+        import dlib
+    except ImportError as error:
+        print(f"Faces cannot be found ({error}): `pip install dlib-bin` installs what is missing.")
+        return None
+    return dlib.get_frontal_face_detector()
+
+
+def detect_faces(grey, scale):
+    """Return the boxes that the detector finds in a grey PIL image scaled by `scale`, in pixels of the image."""
+    scaled = grey.resize([math.ceil(side * scale) for side in grey.size], Image.Resampling.BILINEAR, reducing_gap=2)
+    rectangles = face_detector()(np.asarray(scaled)) if face_detector() else []
+    return [np.array([one.left(), one.top(), one.width()]) / scale for one in rectangles]
+
+
+# The box
+def find_faces(image):
+    """Return the boxes of the upright frontal faces in a PIL image, largest first."""
+    grey = image.convert("L")
+    for scale in sorted({min(4, side / max(image.size)) for side in (400, 800, 1600)}):  # large faces show in the first
+        boxes = [measure_face(grey, box) for box in detect_faces(grey, scale)]
+        faces = [box for box in boxes if box is not None]
+        if faces:
+            return sorted(faces, key=lambda box: -box[2])
+    return []
+
+
+def measure_face(grey, box):
+    """Return the average box of a face over five scaled copies, or None if fewer than three of them show the face.
+
+    The detector knows only sizes that are 20 % apart; the scales of the copies divide such a step evenly.
+    """
+    left, top, size = map(round, box)
+    margin = round(0.75 * size)
+    around = crop_square(grey, left - margin, top - margin, size + 2 * margin)
+    boxes = [found for k in range(5) for found in detect_faces(around, 100 / size * 1.2 ** (k / 5))]
+    same = [found for found in boxes if math.dist(found[:2], (margin, margin)) < size / 2]
+    return np.mean(same, axis=0) + (left - margin, top - margin, 0) if len(same) >= 3 else None
+
+
+def median_face_box(pictures):
+    """Return the median box of the faces in square pictures, uint8 (N, S, S, C), in fractions of the side.
+
+    Returns None if fewer than half of the pictures show a face.
+    """
+    found = [find_faces(Image.fromarray(picture.squeeze())) for picture in pictures]
+    boxes = [faces[0] for faces in found if faces]
+    print(f"Faces       found in {len(boxes)} of {len(pictures)} training photos")
+    if len(boxes) < len(pictures) / 2:
+        return None
+    return (np.median(boxes, axis=0) / pictures.shape[1]).round(4).tolist()
+
+
+# The square
+def crop_to_face(image, face_box):
+    """Cut a PIL image to the square that has its largest face at `face_box`; return the square and the Face.
+
+    `face_box` is left, top and size in fractions of the side. Without a face, returns the whole image and None.
+    """
+    faces = find_faces(image)
+    if not faces:
+        return image, None
+    left, top, size = faces[0].tolist()
+    side = size / face_box[2]
+    square = [round(left - face_box[0] * side), round(top - face_box[1] * side), round(side)]
+    return crop_square(image, *square), Face([left, top, size], square, len(faces))
+
+
+def check_crop(crop):
+    """Raise UserError unless `crop` is a valid value of CROP."""
+    holds = crop in ("face", "center") or re.fullmatch(r"\d+ +\d+ +[1-9]\d*", crop)
+    wanted = '"face", "center", or left, top and size in pixels of a square in the photo, as in "140 90 320"'
+    require(holds, "CROP", crop, wanted)
+
+
+def read_square(photo, channels, size, crop="center", face_box=None):
+    """Read a Photo or path and cut it as CROP says; return a PIL image (size x size) and its Face, or None.
+
+    "face" without a face, or without a `face_box`, takes the middle square. Raises UserError if the photo cannot be
+    read or the square does not fit into it.
+    """
+    by_face = crop == "face" and face_box
+    by_square = crop not in ("face", "center")
+    image = read_image(photo, channels, None if by_face or by_square else size)
+    face = None
+    if by_face:
+        image, face = crop_to_face(image, face_box)
+    if by_square:
+        left, top, side = map(int, crop.split())
+        if left + side > image.width or top + side > image.height:
+            raise UserError(f"CROP {crop} reaches beyond {photo}, which has {image.width} x {image.height} pixels.")
+        image = crop_square(image, left, top, side)
+    return square_transform(size)(image), face
