@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+import time
 import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,8 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
-from torchvision.transforms.functional import resize, to_pil_image
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 # The size of the model. A checkpoint stores these four values, and genpic.py takes them from there.
@@ -71,15 +73,11 @@ class VAE(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(latent_dim))
         self.register_buffer("latent_scale", torch.eye(latent_dim))
 
-        # Scales what is decoded, as 160 pixels to 150, with the weights of Resize, which takes longer on a CPU
-        decoded = side * 2 ** len(hidden_dims)
-        to_size = resize(torch.eye(decoded, device="cpu")[None], [image_size, decoded])[0]
-        self.register_buffer("to_size", to_size, persistent=False)
-
     def encode(self, x):
         """Images (B, C, H, W) -> mean and log-variance of the posterior q(z|x), (B, L) each, in float32."""
         features = self.encoder(x).flatten(1)
-        return self.fc_mu(features).float(), self.fc_var(features).float().clamp(*LOG_VAR_RANGE)
+        log_var = F.hardtanh(self.fc_var(features).float(), *LOG_VAR_RANGE)  # a clamp with a cheaper gradient
+        return self.fc_mu(features).float(), log_var
 
     def reparameterize(self, mu, log_var):
         """Draw z ~ N(mu, exp(log_var)), (B, L), as eps * std + mu, so that gradients reach both."""
@@ -90,10 +88,10 @@ class VAE(nn.Module):
         """Codes (B, L) -> images (B, C, H, W) in [0, 1], in float32."""
         features = self.decoder(self.decoder_input(z).unflatten(1, self.feature_shape))
         logits = self.final_layer(features)
-        with torch.autocast(z.device.type, enabled=False):  # bfloat16 knows no number between 0.996 and 1
+        with torch.autocast(z.device.type, enabled=False):  # bfloat16 has no number between 0.996 and 1
             decoded = torch.sigmoid(logits.to(torch.float32, memory_format=torch.contiguous_format))
-            to_size = self.to_size.to(decoded)
-            return to_size @ decoded @ to_size.T
+            size = [self.config["image_size"]] * 2
+            return F.interpolate(decoded, size, mode="bilinear", antialias=True)  # like celeb_transform1: 160 -> 150
 
     def forward(self, x):
         """Images (B, C, H, W) -> (reconstructions of the same shape, mu (B, L), log_var (B, L)); z is drawn."""
@@ -174,7 +172,11 @@ def load_checkpoint(path, device="cpu"):
         state_dict.setdefault("latent_mean", torch.zeros(model.config["latent_dim"]))
         state_dict.setdefault("latent_scale", torch.eye(model.config["latent_dim"]))
         model.load_state_dict(state_dict, assign=True)
-        model.face_box = info.get("face_box")
+        match info.get("face_box"):
+            case None | [float(), float(), float()] as box if not box or (sum(map(abs, box)) < 4 and box[2] > 0.01):
+                model.face_box = box
+            case other:
+                raise ValueError(f"its face_box is {other!r}")
         if not all(tensor.isfinite().all() for tensor in state_dict.values()):
             raise ValueError("a weight is not finite")
     except Exception as error:  # a file may hold anything in place of weights
@@ -188,9 +190,6 @@ def read_checkpoint(path):
     """Return what torch.save has written to a file: tensors, plain types and modules. Raises UserError."""
     if not Path(path).is_file():
         raise UserError(f"There is no checkpoint {path}: `python train.py` makes one, --checkpoint names another.")
-    with open(path, "rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs"):
-            raise UserError(f"{path} is a Git LFS pointer: `git lfs pull` fetches the checkpoint.")
     layers = (nn.Sequential, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.LeakyReLU, nn.Linear, nn.Sigmoid)
     shells = [(nn.Module, f"{layer.__module__}.{layer.__name__}") for layer in layers]  # their weights, no methods
     try:
@@ -225,9 +224,10 @@ def save_picture(picture, path, **options):
             raise UserError(f"{path} cannot be written ({error}).") from None
 
 
-def latent_noise(seed, count, latent_dim):
-    """Standard normal noise (count, latent_dim), the same on all devices; a larger count only adds rows."""
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal((count, latent_dim), dtype=np.float32))
+def latent_noise(model, count, seed):
+    """Return standard normal noise (count, L) for a VAE, the same on all devices; a larger count only adds rows."""
+    noise = np.random.default_rng(seed).standard_normal((count, model.config["latent_dim"]), dtype=np.float32)
+    return torch.from_numpy(noise).to(model.latent_mean.device)
 
 
 @contextmanager
@@ -242,6 +242,8 @@ def atomic_write(path):
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the name without the contents
         os.replace(partial, path)
+    except BrokenPipeError:  # of a print() in the block
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error}).") from None
     finally:
@@ -249,9 +251,16 @@ def atomic_write(path):
             partial.unlink()
 
 
-# Scripts: constants as flags, errors as sentences, the device
+# Scripts: errors as sentences, constants as flags, the device
+FLAG_KINDS = {
+    str: {"type": os.path.expanduser},
+    bool: {"action": argparse.BooleanOptionalAction},
+    list[int]: {"type": int, "nargs": "+"},
+}
+
+
 class UserError(ValueError):
-    """A sentence for the person at the keyboard: what is wrong and what to do. The scripts print it and exit with 1."""
+    """A sentence for the user: what is wrong and what to do about it."""
 
 
 def require(holds, name, value, wanted):
@@ -260,33 +269,52 @@ def require(holds, name, value, wanted):
         raise UserError(f"{name} is {value!r}: it must be {wanted}.")
 
 
-def parse_flags(constants, argv=None):
-    """Set a script's `constants`, its globals(), from flags of their names; return them as {name: value}.
+def run_script(main):
+    """Call main with the flags of the command line; a UserError becomes one line and exit code 1."""
+    name = Path(sys.argv[0]).name
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal cannot show
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()
+    except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)  # torchrun ends all processes when one ends, and rank 0 has to report first
+            sys.exit(1)
+        sys.exit(f"{name}: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit(f"{name}: The GPU has too little memory: lower BATCH_SIZE or IMAGE_SIZE, or use --device cpu.")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader has left, as in `python train.py | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would fail
+        sys.exit(1)
 
-    Every annotated constant is a flag. Its help is the comment beside it, here or in the script.
+
+@contextmanager
+def flags(constants, argv):
+    """Within the block, set a script's `constants`, its globals(), from the flags in `argv`.
+
+    Every annotated constant has a flag, whose help is the comment beside it. Yields all of them, {name: value}, and
+    those that `argv` gives.
     """
-    options = {
-        str: {"type": os.path.expanduser},
-        bool: {"action": argparse.BooleanOptionalAction},
-        list[int]: {"type": int, "nargs": "+"},
-    }
     modules = [sys.modules[__name__], sys.modules[constants["__name__"]]]
     source = "\n".join(map(inspect.getsource, modules))
     comments = dict(re.findall(r"^([A-Z_0-9]+)\b.*?=.*?#\s*(.*)$", source, re.MULTILINE))
-    annotations = {name: kind for module in modules for name, kind in inspect.get_annotations(module).items()}
+    kinds = {name: kind for module in modules for name, kind in inspect.get_annotations(module).items()}
+    earlier = {name: constants[name] for name in constants if name in kinds}
     layout = argparse.RawDescriptionHelpFormatter  # prints the docstring as it is
     parser = argparse.ArgumentParser(description=constants["__doc__"], formatter_class=layout, allow_abbrev=False)
-    for name in [name for name in constants if name in annotations]:
+    for name, value in earlier.items():
         flag = f"--{name.lower().replace('_', '-')}"  # --output-dir for OUTPUT_DIR
-        comment = comments.get(name, "").replace("%", "%%")
-        line = f"{comment} (default: %(default)s)"
-        kind = options.get(annotations[name], {"type": annotations[name]})
-        parser.add_argument(flag, dest=name, default=constants[name], help=line, **kind)
-    with suppress(AttributeError):  # of a notebook; elsewhere a file name may hold what the terminal cannot show
-        sys.stdout.reconfigure(errors="backslashreplace")
-    settings = vars(parser.parse_args(argv))
-    constants.update(settings)
-    return settings
+        text = f"{comments[name]} (default: {value})".replace("%", "%%")
+        kind = FLAG_KINDS.get(kinds[name], {"type": kinds[name]})
+        parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **kind)
+    given = vars(parser.parse_args(argv))
+    constants.update(given)
+    try:
+        yield earlier | given, given
+    finally:
+        constants.update(earlier)
 
 
 def pick_device(name):

@@ -4,10 +4,12 @@ import functools
 import hashlib
 import os
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import distributed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -17,24 +19,36 @@ from vae import UserError, atomic_write
 DECODING = 1  # version of the code that decodes photos: raise it when that changes pixels, so that old caches retire
 
 
-def cached(photos, place, cut, workers):
-    """Return the path of the cache of Photos found at `place`; decode them first if there is none.
+def cached(photos, cut, workers):
+    """Return the path of the cache of some Photos; decode them first if there is none, in so many worker processes.
 
     `cut` holds the arguments of read_square: channels, size, crop and face_box. Unusable photos are listed and left
-    out. Raises UserError if none can be used or the file cannot be written.
+    out. Raises UserError if none can be used or the file cannot be written. Of several ranks, rank 0 decodes.
     """
-    path = cache_path(photos, place, cut)
-    if not path.exists():
-        decode_photos(photos, path, cut, workers if len(photos) > 256 else 0)  # few photos end before workers start
-    return path
+    path = None
+    if not distributed.is_initialized() or distributed.get_rank() == 0:
+        path = cache_path(photos, cut)
+        if not path.exists():
+            decode_photos(photos, path, cut, workers if len(photos) > 256 else 0)  # few photos end before workers start
+    return share_with_ranks(path)
 
 
-def cache_path(photos, place, cut):
+def share_with_ranks(path):
+    """Return the path that rank 0 has, once it has it, to all ranks."""
+    paths = [path]
+    if distributed.is_initialized():  # the other ranks wait, however long decoding takes
+        patient = distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+        distributed.broadcast_object_list(paths, group=patient)
+    return paths[0]
+
+
+def cache_path(photos, cut):
     """Return the path of a cache: it depends on the photos' names, sizes and times, and on how they are cut."""
     digest = hashlib.sha256(f"{DECODING} {sorted(cut.items())}".encode())
+    folder = os.path.commonpath([photo.path for photo in photos])  # wherever it is
     for photo in photos:
         stat = photo.path.stat() if photo.path.exists() else photo.path.lstat()  # of a broken link
-        name = os.fsencode(photo.path.relative_to(place))
+        name = os.fsencode(photo.path.relative_to(folder))
         digest.update(name + f"/{photo.member}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
     shape = f"{cut['size']}x{cut['size']}x{cut['channels']}"
     return Path(f"data/cache/{shape}-{digest.hexdigest()[:16]}.u8")
@@ -72,3 +86,12 @@ def map_cache(path, size, channels):
     rows = np.memmap(path, np.uint8, "r").reshape(-1, size, size, channels)
     with warnings.catch_warnings(action="ignore"):  # silence the read-only warning
         return torch.from_numpy(rows)
+
+
+def load_images(pixels, batch, device):
+    """Return rows of `pixels`, uint8 (N, H, W, C), at the indices `batch` (B,), as images (B, C, H, W) in [0, 1]."""
+    rows = pixels[batch]
+    if device.type == "cuda" and not rows.is_cuda:
+        rows = rows.pin_memory()  # lets the copy overlap with the GPU's work
+    images = rows.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    return images.contiguous().float().div_(255)  # with three channels, channels_last would be slower

@@ -43,6 +43,23 @@ def find_photos(place):
     return [photo for path in sorted(paths) for photo in photos_in(path)]
 
 
+def find_training_photos(place):
+    """Return the Photos at a place, or those in data/demo while data/train is empty; raises UserError if none."""
+    place = Path(place)
+    demo = Path("data/demo")
+    if place == Path("data/train") and not list(place.glob("[!.]*")) and demo.exists():
+        print("data/train is empty, so this run trains on the demo faces in data/demo.")
+        place = demo
+    photos = find_photos(place) if place.exists() else []
+    if not photos:
+        state = "holds no photos" if place.exists() else "does not exist"
+        raise UserError(
+            f"DATA {place.absolute()} {state}: put photos into data/train, or name a folder, .zip or .npy with --data. "
+            "CelebA's img_align_celeba.zip, from mmlab.ie.cuhk.edu.hk/projects/CelebA.html, works as it is."
+        )
+    return photos
+
+
 def report_skipped(error):
     """Print an error that costs a file or folder, but not the run."""
     print(f"Skipped     {error}")

@@ -64,7 +64,7 @@ PARTS = {
     "convolutions": r"aten::convolution(_backward)?",
     "batch norm": rf"aten::batch_norm|{BACKWARD}\w*BatchNormBackward0",
     "loss and gradient of the resize": rf"reconstruction_loss|kl_divergence|{BACKWARD}"
-    r"(Mm|Bmm|UnsafeView|Expand|Pow|Mul|Div|Add|Sub|Rsub|Mean|Sum|Exp)Backward\d",
+    r"(Mm|Bmm|UnsafeView|Expand|Pow|Mul|Div|Add|Sub|Rsub|Mean|Sum|Exp|UpsampleBilinear2DAa)Backward\d",
     "optimizers and average": r"Optimizer\.step.*|update_average",
     "data": r"load_images|augment",
 }
@@ -227,15 +227,12 @@ def lightning():
 
 
 def ours():
-    """The functions of train.py: a round is an epoch of COUNT photos, less those held out and the last odd batch."""
+    """The functions of train.py: a round is an epoch of COUNT photos, less those held out."""
     train.reuse_freed_memory()
     run = train.new_run({}, train.set_up_device())
-    run.train_set = run.train_set[: len(run.train_set) // BATCH_SIZE * BATCH_SIZE]
-    if COMPILE == "yes" or (COMPILE == "auto" and run.device.type == "cuda"):
-        run.model.compile(dynamic=False)
     while True:
-        vars(run).update(step=0, sums=[0.0] * 4)
-        yield {"ours, images/s": train.train_epoch(run, run.model)}
+        vars(run).update(step=0, seconds=0.0)
+        yield {"ours, images/s": train.train_epoch(run) / run.seconds}
 
 
 def parts():
@@ -247,9 +244,9 @@ def parts():
         setattr(train, name, record_function(name)(getattr(train, name)))
     kind = "device" if run.device.type == "cuda" else "cpu"
     while True:
-        vars(run).update(step=0, sums=[0.0] * 4)
+        vars(run).update(step=0)
         with profile() as profiler:
-            train.train_epoch(run, run.model)
+            train.train_epoch(run)
         events = [event for event in profiler.key_averages() if event.device_type == DeviceType.CPU]  # else, twice
         whole = sum(getattr(event, f"self_{kind}_time_total") for event in events)
         figures = {}
@@ -262,8 +259,7 @@ def parts():
 def products():
     """Products of square matrices in the precision of ours, of which the machine cannot make more."""
     device = train.set_up_device()
-    dtype = torch.bfloat16 if train.has_bfloat16(device) else torch.float32
-    matrix = torch.randn(MATRIX, MATRIX, device=device, dtype=dtype)
+    matrix = torch.randn(MATRIX, MATRIX, device=device, dtype=train.precision(device))
     while True:
         fastest = min(seconds(torch.mm, matrix, matrix) for _ in range(5))
         yield {"matrix products, GFLOP/s": 2e-9 * MATRIX**3 / fastest}
@@ -355,7 +351,7 @@ def plain_epochs():
         batches = run.train_set[torch.randperm(len(run.train_set))].split(16)
         plain_epoch(model, optimizer, ([photos[index] for index in batch] for batch in batches))
         model.eval()
-        yield train.evaluate(run, *train.encode_photos(run, run.val_set))["val_psnr"]
+        yield train.validate(run)[0]["val_psnr"]
 
 
 def ours_epochs():
@@ -377,9 +373,14 @@ def ours_epochs():
         process.wait()
 
 
-def main(argv=None):
+def main(argv=()):
     """Measure, and print a line per figure."""
-    settings = vae.parse_flags(globals(), argv) | {"DATA": "photos"}
+    with vae.flags(globals(), argv) as (settings, _):
+        measure(settings | {"DATA": "photos"})
+
+
+def measure(settings):
+    """Measure with the constants in `settings`, and print a line per figure."""
     vars(train).update(settings)
     train.check_settings()
     require(2 * BATCH_SIZE <= COUNT, "COUNT", COUNT, f"at least {2 * BATCH_SIZE}, two batches")
@@ -396,9 +397,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"benchmark.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    vae.run_script(main)

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import genpic
 import vae
+from data.photos import find_photos
 from vae import UserError, require
 
 CHECKPOINT: str = "checkpoints_best/vae_model_20.pth"  # the model to judge
@@ -90,20 +91,25 @@ def judge_faces(found):
 
 def judge_variations(model, mu, originals):
     """Print for each W how far ten variations of a photo are from each other, and from its reconstruction."""
-    noise = genpic.noise(model, 10 * len(mu)).split(10)
+    noise = vae.latent_noise(model, 10 * len(mu), 0).split(10)
     for w in genpic.SWEEP[1:]:
         codes = [genpic.perturb(model, code, eps, w) for code, eps in zip(mu.split(1), noise, strict=True)]
-        pictures, found = describe(genpic.decode(model, torch.cat(codes)), f"W = {w:g}")
+        pictures, found = describe(genpic.decode_in_parts(model, torch.cat(codes)), f"W = {w:g}")
         moved = distance(found.reshape(len(mu), 10, -1), originals[:, None])
         values = torch.from_numpy(pictures.reshape(len(mu), 10, -1)).float()
         levels = torch.stack([torch.pdist(these) for these in values]).mean() / math.sqrt(values.shape[2])
         print(f"W = {w:<8g}{levels:.1f} grey levels between two variations, {moved:.3f} from the reconstruction")
 
 
-@torch.inference_mode()
-def main(argv=None):
+def main(argv=()):
     """Reconstruct the photos, draw as many samples, vary some of the photos, and print what comes of it."""
-    vae.parse_flags(globals(), argv)
+    with vae.flags(globals(), argv):
+        judge()
+
+
+@torch.inference_mode()
+def judge():
+    """Print all figures of CHECKPOINT."""
     require(PHOTOS, "PHOTOS", PHOTOS, "a folder of photos")  # "" would be the folder one stands in
     try:
         recogniser()
@@ -113,11 +119,11 @@ def main(argv=None):
     model, _ = vae.load_checkpoint(CHECKPOINT)
     require(model.config["channels"] == 3, "CHECKPOINT", CHECKPOINT, "a model of colour pictures")
     genpic.CROP = "center"
-    images = torch.cat([image for _, image in genpic.load_photos(model, PHOTOS)])
+    images = torch.cat([image for _, image in genpic.read_photos(model, find_photos(PHOTOS))])
     mu = torch.cat([model.encode(part)[0] for part in images.split(64)])
-    noise = genpic.noise(model, len(images))
+    noise = vae.latent_noise(model, len(images), 0)
     codes = {"reconstructions": mu, "samples": model.draw_latents(noise), "samples of N(0, I)": noise[:500]}
-    drawn = {"photos": images} | {name: genpic.decode(model, these) for name, these in codes.items()}
+    drawn = {"photos": images} | {name: genpic.decode_in_parts(model, these) for name, these in codes.items()}
     described = {name: describe(these, name) for name, these in drawn.items()}
     pairs = described["photos"][0], described["reconstructions"][0]
     psnr = vae.psnr(np.square(pairs[0] / 255.0 - pairs[1] / 255.0).sum(), pairs[0].size)
@@ -130,7 +136,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"judge.py: {error}")
+    vae.run_script(main)

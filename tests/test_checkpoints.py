@@ -47,7 +47,7 @@ def test_weights_that_are_not_finite_are_never_saved_and_the_old_file_stays(mode
 def test_checkpoints_of_the_ancestors_load(kind, tmp_path):
     ancestor = vae.VAE()  # its layers have the names of the published ones, whose last one is a sigmoid
     ancestor.final_layer.append(nn.Sigmoid())
-    for name in ("config", "to_size", "face_box", "latent_mean", "latent_scale"):
+    for name in ("config", "face_box", "latent_mean", "latent_scale"):
         delattr(ancestor, name)
     ancestor.notes = {"photos": ["a", "b"], "rate": 1e-3}
     content = ancestor if kind == "module" else ancestor.state_dict()
@@ -99,7 +99,6 @@ UNREAD = "is damaged, or no checkpoint of tensors and plain Python types."
 CONFIG = {"image_size": 24, "channels": 1, "hidden_dims": [4, 8], "latent_dim": 5}
 STATE = vae.VAE(**CONFIG).state_dict()
 WRONG = {
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a Git LFS pointer: `"),
     "empty": (b"", UNREAD),
     "photo": ((ROOT / "data/tested_data/sample.jpg").read_bytes(), UNREAD),
     "archive": (b"PK\5\6" + bytes(18), UNREAD),
@@ -107,6 +106,11 @@ WRONG = {
     "other size": (STATE, "its own config, or else of the constants at the top of vae.py (Error(s) in loading"),
     "missing": ({"config": CONFIG, "state_dict": {}}, "Missing key(s) in state_dict"),
     "shape": ({"config": CONFIG, "state_dict": {**STATE, "fc_mu.bias": torch.zeros(6)}}, "size mismatch for fc_mu."),
+    "face": ({"config": CONFIG, "state_dict": STATE, "face_box": "abc"}, "its face_box is 'abc'"),
+    "no face": (
+        {"config": CONFIG, "state_dict": STATE, "face_box": [0.1, 0.1, 0.0]},
+        "its face_box is [0.1, 0.1, 0.0]",
+    ),
     "nan": ({"config": CONFIG, "state_dict": {**STATE, "fc_mu.bias": torch.zeros(5) / 0}}, "a weight is not finite"),
 }
 

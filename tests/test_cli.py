@@ -5,11 +5,12 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, refusal, start
+from conftest import ROOT, SMALL, TRAINED, refusal, start
 from faces import draw_faces
 from PIL import Image
 
@@ -59,7 +60,8 @@ def test_a_signal_saves_the_run_and_the_printed_command_continues_it(number, cod
     assert any("Epoch  2/1000" in line for line in process.stdout)
     process.send_signal(number)
     said, complaints = process.communicate(timeout=60)
-    assert process.returncode == code and complaints == "\nStopping after this step; once more stops at once.\n"
+    assert process.returncode == code
+    assert complaints == "\nStopping after this step; press Ctrl-C again to stop immediately.\n"
     epoch, command = re.search(r"Stopped     in epoch (\d+)\. To continue: python (.*)\n$", said).groups()
     again = start(folder, *shlex.split(command))
     assert any(f"Resuming    after {int(epoch) - 1} of 1000 epochs" in line for line in again.stdout)
@@ -76,6 +78,34 @@ def test_ctrl_c_while_photos_are_read_ends_without_a_traceback(folder):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)  # a terminal tells all processes
     assert process.communicate(timeout=60) == ("", "") and process.returncode == 130
+
+
+def test_a_closed_pipe_ends_a_run_without_a_traceback(folder):
+    process = start(folder, "train.py", *SMALL, "--epochs", "3")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 1
+
+
+def test_from_another_folder_genpic_takes_the_model_and_photo_beside_it_unless_they_are_flags(tmp_path):
+    said, *outcome = python(tmp_path, ROOT / "genpic.py", "--device=cpu")
+    assert outcome == ["", 0] and said.count("beside genpic.py") == 2 and (tmp_path / genpic.OUTPUT).exists()
+    _, complaints, code = python(tmp_path, ROOT / "genpic.py", "--checkpoint", genpic.CHECKPOINT)
+    assert code == 1 and complaints.startswith(f"genpic.py: There is no checkpoint {genpic.CHECKPOINT}")
+
+
+def test_in_a_notebook_main_starts_from_the_constants_and_restores_them(workplace, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["kernel", "-f", "kernel.json"])
+    vars(genpic).update(CHECKPOINT=TRAINED, IMAGE="faces", DEVICE="cpu", NUM_VARIATIONS=3, OUTPUT="a.png")
+    genpic.main(["--num-variations", "20", "--seed", "1"])
+    assert (Image.open("a.png").height, genpic.NUM_VARIATIONS, genpic.SEED) == (4 * 34 + 2, 3, 0)
+    genpic.main()
+    assert Image.open("a.png").height == 34 + 2
+
+
+def test_photos_are_read_without_the_packages_for_curves_and_faces(tmp_path):
+    check = "import data.photos, sys; sys.exit(bool({'matplotlib', 'dlib', 'train'} & {*sys.modules}))"
+    assert python(tmp_path, "-c", check)[2] == 0
 
 
 @pytest.mark.parametrize("script", [train, genpic])

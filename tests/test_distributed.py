@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, start
+from conftest import ROOT, SMALL, refusal, start
 from faces import draw_faces
 
 import train
@@ -14,7 +14,7 @@ import vae
 
 # Trains as train.py does, and leaves a file of the batches that this process sees and its weights after every step
 RECORDER = """
-import torch, train
+import sys, torch, train
 
 seen, learned, step = [], [], train.train_step
 
@@ -26,7 +26,7 @@ def train_step(network, optimizers, images, *more):
     return sums
 
 train.train_step = train_step
-train.main()
+train.main(sys.argv[1:])
 """
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 RUN = [*SMALL, "--data", "faces", "--no-amp"]
@@ -34,7 +34,7 @@ RUN = [*SMALL, "--data", "faces", "--no-amp"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with 36 faces, 34 of them to train on: batches of 8, 8, 8, 8 and 2, the last left out."""
+    """A folder with 36 faces, 34 of them to train on: five batches of 8, the last filled up."""
     folder = tmp_path_factory.mktemp("processes")
     draw_faces(folder / "faces", 36)
     (folder / "recorder.py").write_text(RECORDER)
@@ -52,15 +52,14 @@ def runs(folder):
 
 def test_two_processes_see_the_photos_in_the_order_of_one(runs):
     (alone, _), (evens, _), (odds, _) = runs
-    whole = [batch for batch in alone if len(batch) == 8]
-    assert [(batch[::2], batch[1::2]) for batch in whole] == list(zip(evens, odds, strict=True))
-    assert len(alone) == len(whole) == 3 * 4
+    assert [(batch[::2], batch[1::2]) for batch in alone] == list(zip(evens, odds, strict=True))
+    assert [len(batch) for batch in alone] == [8] * 3 * 5
 
 
 def test_two_processes_have_the_same_weights_after_every_step(runs):
     (_, first), (_, second) = runs[1:]
     assert all(map(torch.equal, first, second))
-    assert len(first) == len(second) == 3 * 4 and not torch.equal(first[0], first[1])
+    assert len(first) == len(second) == 3 * 5 and not torch.equal(first[0], first[1])
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
@@ -88,6 +87,12 @@ def test_a_run_of_which_a_process_is_killed_ends_and_resumes_after_the_last_whol
 def test_what_cannot_be_is_said_once(flag, words, folder):
     complaints = start(folder, *TWO, ROOT / "train.py", *RUN, flag).communicate(timeout=300)[1]
     assert complaints.count("train.py: ") == complaints.count(words) == 1
+
+
+def test_processes_that_torchrun_has_not_started_are_refused(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(train, "world_size", 2)
+    assert "RANK is not set: start the processes with torchrun" in refusal(train.main, RUN)
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

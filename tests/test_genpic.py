@@ -20,7 +20,7 @@ MORPH = ["--mode", "interpolate", "--image", "faces/face 003.jpg", "--image-to",
 NO_PHOTO = "it must be a file other than the photos"
 REFUSED = {
     "--checkpoint missing.pth": "There is no checkpoint missing.pth: `python train.py` makes one",
-    "--image empty --mode reconstruct": "There is no readable photo in empty",
+    "--image empty --mode reconstruct": "There is no photo in empty",
     "--mode interpolate --image-to broken.jpg": "broken.jpg cannot be read as an image (no picture in a known format",
     "--image-to me.jpg": "MODE is 'variations': it must be \"interpolate\" if IMAGE_TO names a photo",
     "--image me.jpg --output me.jpg": f"OUTPUT is 'me.jpg': {NO_PHOTO}",
@@ -115,7 +115,7 @@ def test_reconstruct_shows_each_photo_beside_its_reconstruction_on_numbered_shee
 def test_sample_shows_100_faces_of_the_prior(prior, workplace):
     shown = pictures("--mode", "sample", "--image", "nowhere", "--prior", prior)
     model, _ = vae.load_checkpoint(TRAINED)
-    noise = vae.latent_noise(0, 100, 8)
+    noise = vae.latent_noise(model, 100, 0)
     expected = model.decode(model.draw_latents(noise) if prior == "fitted" else noise)
     assert apart(shown, [vae.to_picture(image) for image in expected]) <= 1
 
@@ -149,7 +149,7 @@ def test_interpolation_is_spherical_in_the_coordinates_in_which_the_prior_is_rou
     angle = torch.acos(torch.cosine_similarity(*ends, dim=0))
     shares = torch.sin(torch.linspace(0, 1, 20) * angle)[:, None] / torch.sin(angle)  # Shoemake 1985
     expected = model.draw_latents(shares.flip(0) * ends[0] + shares * ends[1])
-    torch.testing.assert_close(genpic.between(model, *model.draw_latents(ends)), expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(genpic.codes_between(model, *model.draw_latents(ends)), expected, atol=1e-3, rtol=1e-3)
 
 
 def test_interpolation_goes_from_one_reconstruction_to_the_other_or_from_sample_to_sample(workplace):
@@ -157,6 +157,17 @@ def test_interpolation_goes_from_one_reconstruction_to_the_other_or_from_sample_
     samples = pictures("--mode", "sample")[:2]
     for flags, ends in ((MORPH, photos), (["--mode", "interpolate", "--image", "nowhere"], samples)):
         assert apart(pictures(*flags)[[0, -1]], ends) <= 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "places"),
+    [(["--mode=sample"], []), (["--mode=interpolate"], []), (["--mode=sweep"], ["faces"]), (MORPH, MORPH[3::2])],
+)
+def test_photos_are_looked_for_once_and_only_where_they_are_needed(flags, places, workplace, monkeypatch):
+    looked = []
+    monkeypatch.setattr(genpic, "find_photos", lambda place: looked.append(place) or find_photos(place))
+    generate(*flags)
+    assert looked == places
 
 
 @pytest.mark.parametrize(("ending", "loss"), [("gif", 4), ("webp", 0)])

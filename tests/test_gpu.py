@@ -3,10 +3,13 @@
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import ROOT, TRAINED, run
+from test_resume import signal_in_step
+from test_train import BLANK_RUN
 
 import train
 import vae
@@ -15,12 +18,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 @pytest.mark.parametrize("compiled", ["yes", "no"])
-def test_a_run_learns_and_resumes(compiled, workplace):
+def test_a_run_learns_and_resumes(compiled, workplace, monkeypatch):
     flags = ["--device", "cuda", "--compile", compiled, "--epochs", "8", "--output-dir", "cuda"]
-    train.stop_signals.append(signal.SIGINT)  # as if Ctrl-C came in the first step
-    with pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        signal_in_step(patch, 0, signal.SIGINT)
         run(*flags)
-    train.stop_signals.clear()
     run(*flags, "--resume")
     first, *_, last = vae.load_checkpoint("cuda/last.pth")[1]["position"]["history"]
     assert last["epoch"] == 8 and last["train_loss"] < 0.75 * first["train_loss"]
@@ -30,14 +32,12 @@ def test_photos_go_to_the_gpu_if_they_fit_and_bfloat16_gives_the_same_psnr(workp
     train.DATA, train.IMAGE_SIZE = "faces", 32
     model, _ = vae.load_checkpoint(TRAINED, "cuda")
     device = model.latent_mean.device
-    photos = train.load_pixels(device)
-    run = train.Run(None, model, None, device, photos, *train.split_photos(len(photos)), {})
-    exact, rounded = [
-        train.evaluate(run, *train.encode_photos(run, run.val_set))["val_psnr"] for train.AMP in (False, True)
-    ]
-    assert rounded == pytest.approx(exact, abs=0.05) and (rounded != exact) == train.has_bfloat16(device)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (photos.nbytes, 0))
-    assert photos.is_cuda and not train.load_pixels(device).is_cuda
+    pixels = train.load_pixels(device)
+    run = replace(BLANK_RUN, average=model, device=device, pixels=pixels, val_set=torch.arange(9).to(device))
+    exact, rounded = [train.validate(run)[0]["val_psnr"] for train.AMP in (False, True)]
+    assert rounded == pytest.approx(exact, abs=0.05) and rounded != exact
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (pixels.nbytes, 0))
+    assert pixels.is_cuda and not train.load_pixels(device).is_cuda
 
 
 def test_memory_that_runs_out_is_a_sentence(workplace):

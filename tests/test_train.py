@@ -16,12 +16,14 @@ import torch
 from conftest import ROOT, SMALL, TRAINED, refusal, run, same_weights
 from faces import draw_faces
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import Normal, kl_divergence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 import vae
-from data import cache
-from data.photos import find_photos
+
+BLANK_RUN = train.Run(*[None] * 5, torch.device("cpu"), *[None] * 4)
 
 
 def finished_run(path):
@@ -67,7 +69,7 @@ def test_schedules_rise_to_their_constants_and_the_learning_rate_falls_to_zero()
     assert [train.kl_weight(epoch / 10) for epoch in (0, 2, 4, 10)] == pytest.approx([0, 0.066, 0.132, 0.132])
 
 
-@pytest.mark.parametrize("shape", [(24, 24), (16, 200), (200, 16), (1, 9)])
+@pytest.mark.parametrize("shape", [(24, 24), (16, 200), (1, 9)])
 def test_orthogonalize_maps_singular_values_by_four_polynomials(shape):
     left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     values = torch.linspace(1, 0.003, min(shape))
@@ -76,21 +78,22 @@ def test_orthogonalize_maps_singular_values_by_four_polynomials(shape):
         expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5
     matrix = left * values @ right
     expected = left * expected @ right
-    for scale in (1e-6, 1, 1e6):
-        torch.testing.assert_close(train.orthogonalize(scale * matrix), expected, atol=1e-3, rtol=0)
-    rounded = train.orthogonalize(matrix.bfloat16()).float()
+    scales = torch.tensor([1e-6, 1, 1e6])[:, None, None]
+    torch.testing.assert_close(train.orthogonalize(scales * matrix), expected.expand(3, *shape), atol=1e-3, rtol=0)
+    rounded = train.orthogonalize(matrix.bfloat16()[None])[0].float()
     assert (rounded - expected).norm() < 0.1 * expected.norm()
     for exponent in range(-40, 9):  # no less than a gradient that vanishes
-        assert torch.linalg.matrix_norm(train.orthogonalize(matrix * 10.0**exponent), 2) < 1.3
+        assert torch.linalg.matrix_norm(train.orthogonalize(matrix[None] * 10.0**exponent), 2) < 1.3
 
 
-def test_muon_is_that_of_torch(monkeypatch):
+def test_muon_is_that_of_torch():
     newton_schulz = torch.optim._muon._zeropower_via_newtonschulz
-    monkeypatch.setattr(train, "orthogonalize", lambda matrix: newton_schulz(matrix, (3.4445, -4.7750, 2.0315), 5, 0.0))
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 4, 3, 3), (40, 8), (8, 40))]
     theirs = [torch.nn.Parameter(weight.detach().flatten(1)) for weight in copy.deepcopy(ours)]
     settings = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.3}
-    optimizers = train.Muon(ours, settings), torch.optim.Muon(theirs, **settings)
+    muon = train.Muon(ours, settings)
+    muon.orthogonalize = lambda batch: [newton_schulz(matrix, (3.4445, -4.7750, 2.0315), 5, 0.0) for matrix in batch]
+    optimizers = muon, torch.optim.Muon(theirs, **settings)
     for _ in range(6):
         for one, other in zip(ours, theirs, strict=True):
             one.grad = torch.randn_like(one)
@@ -98,7 +101,7 @@ def test_muon_is_that_of_torch(monkeypatch):
         for optimizer in optimizers:
             optimizer.step()
     for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one.flatten(1), other)
+        torch.testing.assert_close(one.flatten(1), other, atol=5e-3, rtol=0)  # theirs rounds to bfloat16
 
 
 def test_augment_moves_each_photo_by_an_affine_map_of_its_own():
@@ -117,53 +120,6 @@ def test_augment_moves_each_photo_by_an_affine_map_of_its_own():
     black_and_white = train.augment(torch.rand(9, 1, 16, 16).round())
     assert black_and_white.min() == 0 and black_and_white.max() == 1
     torch.testing.assert_close(train.augment(torch.ones(9, 1, 16, 16)), torch.ones(9, 1, 16, 16))
-
-
-def test_photos_are_decoded_once(workplace):
-    first, *others = sorted(draw_faces(Path("few"), 6).iterdir())
-    expected = [vae.photo_transform(32)(Image.open(path)).permute(1, 2, 0) for path in (first, *others)]
-    vars(train).update(DATA="few", IMAGE_SIZE=32)
-    photos = train.load_pixels(torch.device("cpu"))
-    torch.testing.assert_close(photos / 255, torch.stack(expected), rtol=0, atol=0.01)
-    before = first.stat()
-    first.write_bytes(bytes(before.st_size))  # nobody looks into it again
-    os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert torch.equal(train.load_pixels(torch.device("cpu")), photos)
-
-
-def test_the_cache_follows_names_sizes_times_and_cut_but_not_the_place(tmp_path, monkeypatch):
-    cut = {"channels": 3, "size": 32, "crop": "center", "face_box": None}
-    folder = draw_faces(tmp_path / "faces", 3)
-    changes = [
-        lambda: os.utime(folder / "face 000.jpg", (1, 1)),
-        lambda: os.truncate(folder / "face 001.jpg", 9),
-        lambda: (folder / "face 002.jpg").rename(folder / "renamed.jpg"),
-        lambda: cut.update(size=16),
-        lambda: cut.update(crop="face"),
-        lambda: monkeypatch.setattr(cache, "DECODING", 0),
-    ]
-    paths = {cache.cache_path(find_photos(folder), folder, cut)}
-    for change in changes:
-        change()
-        paths.add(cache.cache_path(find_photos(folder), folder, cut))
-    assert len(paths) == 7
-    moved = folder.rename(tmp_path / "moved")
-    assert cache.cache_path(find_photos(moved), moved, cut) in paths
-
-
-@pytest.mark.parametrize("count", [200, 600])  # of more than 256, in worker processes
-def test_every_photo_of_a_large_folder_is_there_in_order(workplace, monkeypatch, capsys, count):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    vars(train).update(DATA="many", IMAGE_SIZE=16)
-    Path("many").mkdir()
-    broken = [0, 7, 100, 101, count - 1]
-    for number in range(count):
-        Image.new("RGB", (16, 16), (number % 256, number // 256, 0)).save(f"many/{number:03d}.png")
-    for number in broken:
-        Path(f"many/{number:03d}.png").write_bytes(b"")
-    photos = train.load_pixels(torch.device("cpu")).long()
-    assert [int(n) for n in re.findall(r"Skipped     many/(\d+)\.png", capsys.readouterr().out)] == broken
-    assert (photos[:, 3, 5, 0] + 256 * photos[:, 3, 5, 1]).tolist() == sorted({*range(count)} - {*broken})
 
 
 @pytest.mark.parametrize("count, fraction, ranks, held_out", [(1000, 0.05, 1, 50), (3, 0.0, 1, 1), (7, 0.9, 3, 1)])
@@ -200,33 +156,92 @@ def test_a_step_is_that_of_the_formulas(kind, flip, share):
     kl = train.kl_divergence(mu, log_var).sum(1)
     loss = reconstruction + 0.5 * 0.132 * kl
     loss.mean().backward()
-    torch.testing.assert_close(sums, torch.stack([loss.sum(), reconstruction.sum(), kl.sum(), torch.tensor(6.0)]))
+    torch.testing.assert_close(sums, torch.stack([loss.sum(), reconstruction.sum(), kl.sum()]))
     torch.optim.SGD(other.parameters(), lr=1e-3 * train.one_cycle(0.25)).step()
     torch.testing.assert_close([*model.parameters()], [*other.parameters()])
 
 
 def test_the_average_of_weights_lags_by_an_eleventh_of_all_steps_at_first_and_by_49_later():
-    model, average = vae.VAE(16, 1, [4], 3), vae.VAE(16, 1, [4], 3)
-    average.latent_mean.fill_(7)
-    numbers = average.fc_mu.bias, average.encoder[0][1].running_var  # a weight, and a buffer of BatchNorm
+    mean, value = torch.zeros(2, 1)
     lags = []
     for step in range(1000):
-        for tensor in (model.fc_mu.bias, model.encoder[0][1].running_var):
-            tensor.data.fill_(step)
-        train.update_average(average, model, step)
-        lags.append(step - torch.cat(numbers).detach())
-    for step, lag in {0: 0.0, 110: 10.0, 999: 49.0}.items():
-        torch.testing.assert_close(lags[step], torch.full((7,), lag), atol=0.1, rtol=0)
-    assert average.latent_mean.tolist() == [7] * 3
+        value.fill_(step)
+        train.update_average([mean], [value], step)
+        lags.append(step - mean.item())
+    assert [lags[step] for step in (0, 110, 999)] == pytest.approx([0, 10, 49], abs=0.1)
 
 
-def test_each_epoch_takes_all_photos_in_another_order():
-    train.BATCH_SIZE = 8
-    train_set, _ = train.split_photos(22)  # 21 photos
-    epochs = [train.batches_of(train_set, epoch) for epoch in (0, 1)]
-    assert [len(batch) for batch in epochs[0]] == [8, 8, 5]
-    first, second = [torch.cat(batches).tolist() for batches in epochs]
-    assert first != second and sorted(first) == sorted(second) == sorted(train_set.tolist())
+def test_the_average_covers_weights_and_statistics_but_not_the_prior(workplace):
+    new = finished_run(TRAINED)
+    means, values = new.averaged
+    names = {name for name, tensor in new.model.state_dict().items() if tensor.is_floating_point()}
+    assert len(means) == len(values) == len(names - {"latent_mean", "latent_scale"})
+    assert means[0].data_ptr() != values[0].data_ptr() == new.model.encoder[0][0].weight.data_ptr()
+
+
+@pytest.mark.parametrize("count, size, ranks, shape", [(21, 8, 1, (3, 8)), (5, 8, 1, (1, 5)), (5, 8, 2, (1, 6))])
+def test_each_epoch_takes_all_photos_in_another_order_in_batches_of_one_size(count, size, ranks, shape):
+    vars(train).update(BATCH_SIZE=size, world_size=ranks)
+    train_set = torch.arange(100, 100 + count)
+    first, second = [train.batches_of(train_set, epoch) for epoch in (0, 1)]
+    assert first.shape == second.shape == shape and not torch.equal(first, second)
+    for batches in (first.flatten(), second.flatten()):
+        assert sorted(batches[:count].tolist()) == train_set.tolist()
+        assert torch.equal(batches[count:], batches[: len(batches) - count])  # filled up from the start
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts what would be launches on a GPU: all operations that neither only look at memory nor allocate it."""
+
+    free = "detach view permute t expand _unsafe_view transpose unsqueeze diagonal select split unbind alias".split()
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kind, name, _ = str(function).split(".")
+        self.count += kind == "aten" and name not in self.free and "empty" not in name
+        return function(*args, **(kwargs or {}))
+
+
+def step_on(device):
+    """Return a default model on a device, and a function that takes a step on two images, as train_epoch does."""
+    with torch.device(device):
+        model = vae.VAE()
+        images = torch.rand(2, 3, 150, 150)
+    for weight in model.parameters():
+        layout = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
+        weight.data = weight.data.contiguous(memory_format=layout)
+    values = [value for value in model.state_dict().values() if value.is_floating_point()]
+    means = [value.clone() for value in values]
+    optimizers = train.optimizers_of(model)
+
+    def step():
+        sums = train.train_step(model, optimizers, images, 7, 0.5)
+        train.update_average(means, values, 7)
+        return sums
+
+    return model, step
+
+
+def test_a_step_dispatches_few_operations(monkeypatch):
+    monkeypatch.setattr(train, "precision", lambda device: torch.bfloat16)
+    with FakeTensorMode():
+        _, step = step_on("cpu")
+        step()
+        with CountOperations() as operations:
+            step()
+    print(f"\nCount: {operations.count} operations in a step, in bfloat16")
+    assert 300 < operations.count <= 400
+
+
+def test_all_tensors_of_a_step_are_on_the_gpu(monkeypatch):
+    monkeypatch.setattr(train, "AMP", False)
+    with FakeTensorMode():
+        model, step = step_on("cuda")
+        for parameter in model.parameters():  # autograd's engine would need a GPU
+            parameter.grad = torch.zeros_like(parameter)
+        monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
+        monkeypatch.setattr(model, "zero_grad", lambda: None)
+        assert step().device.type == "cuda"
 
 
 def test_golden_run(workplace):
@@ -236,8 +251,17 @@ def test_golden_run(workplace):
     with open("golden/history.csv") as file:
         rows = list(csv.DictReader(file))
     losses = [[float(row[name]) for name in ("train_reconstruction", "train_kl", "val_reconstruction")] for row in rows]
-    expected = [[268.205, 3.13070, 161.663], [248.413, 6.40658, 170.464], [240.167, 6.15887, 180.896]]
+    expected = [[265.915, 4.08725, 161.747], [248.828, 5.56176, 171.594], [235.365, 7.09718, 182.222]]
     np.testing.assert_allclose(losses, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["mse", "ssim", "bce"])
+def test_an_all_white_picture_has_a_finite_loss(kind):
+    white = torch.ones(2, 3, 150, 150)
+    recon = vae.square_transform(150)(torch.ones(2, 3, 160, 160)).requires_grad_()
+    loss = train.reconstruction_loss(recon, white, kind)
+    loss.sum().backward()
+    assert loss.isfinite().all() and loss.max() < 0.1 and recon.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["mse", "ssim", "bce"])
@@ -252,18 +276,20 @@ def test_a_compiler_that_is_missing_does_not_stop_the_run(workplace):
     flags = ["--data", "faces", *SMALL, "--epochs", "1", "--output-dir"]
     train.main([*flags, "uncompiled"])
     nowhere = {**os.environ, "PATH": "", "CXX": "missing", "TORCHINDUCTOR_CACHE_DIR": str(workplace / "none")}
-    subprocess.run([sys.executable, ROOT / "train.py", *flags, "compiled", "--compile=yes"], env=nowhere, check=True)
-    assert same_weights("compiled/vae_model_1.pth", "uncompiled/vae_model_1.pth")
+    command = [sys.executable, ROOT / "train.py", *flags, "compiled", "--compile=yes"]
+    done = subprocess.run(command, env=nowhere, check=True, capture_output=True, text=True)
+    assert done.stdout.count("Warning     The model cannot be compiled") == done.stdout.count(", not compiled, ") == 1
+    assert done.stderr == "" and same_weights("compiled/vae_model_1.pth", "uncompiled/vae_model_1.pth")
 
 
 @pytest.mark.parametrize("kind", ["mse", "ssim", "bce"])
 @pytest.mark.parametrize("size", [11, 4, 5])
 def test_validation_figures_do_not_depend_on_batches(kind, size):
     vars(train).update(RECONSTRUCTION=kind, AMP=False, BATCH_SIZE=size)
-    photos = torch.randint(0, 256, (11, 16, 16, 1), dtype=torch.uint8)
-    images = photos.permute(0, 3, 1, 2) / 255
-    new = train.Run(None, vae.VAE(16, 1, [4], 3).eval(), None, torch.device("cpu"), photos, None, torch.arange(11), {})
-    figures = train.evaluate(new, *train.encode_photos(new, new.val_set))
+    pixels = torch.randint(0, 256, (11, 16, 16, 1), dtype=torch.uint8)
+    images = pixels.permute(0, 3, 1, 2) / 255
+    new = replace(BLANK_RUN, average=vae.VAE(16, 1, [4], 3).eval(), pixels=pixels, val_set=torch.arange(11))
+    figures, *_ = train.validate(new)
     mu, log_var = new.average.encode(images)
     recon = new.average.decode(mu)
     loss = train.reconstruction_loss(recon, images, kind) + 0.132 * train.kl_divergence(mu, log_var).sum(1)
@@ -287,9 +313,8 @@ def test_the_checkpoint_holds_the_best_epoch_and_describes_itself(workplace):
     assert info["constants"]["LEARNING_RATE"] == 0.1
     assert not {"DATA", "OUTPUT_DIR"} & info["constants"].keys()  # it may go to others
     new = finished_run("out/vae_model_3.pth")
-    assert train.evaluate(new, *train.encode_photos(new, new.val_set))["val_loss"] == pytest.approx(
-        best["val_loss"], rel=1e-4
-    )
+    figures, *_ = train.validate(new)
+    assert figures["val_loss"] == pytest.approx(best["val_loss"], rel=1e-4)
 
 
 def test_the_prior_is_fitted_to_the_codes_of_the_training_photos(workplace):
@@ -306,7 +331,9 @@ def test_pictures_of_an_epoch_show_photos_over_their_reconstructions_and_samples
     photos = new.pixels[new.val_set].permute(0, 3, 1, 2) / 255
     reconstructions = new.average.decode(new.average.encode(photos)[0])
     vae.save_grid(torch.cat([photos, reconstructions]), "reconstructions.png", columns=2)
-    vae.save_grid(new.average.decode(new.average.draw_latents(vae.latent_noise(0, 64, 8))), "samples.png", columns=8)
+    vae.save_grid(
+        new.average.decode(new.average.draw_latents(vae.latent_noise(new.average, 64, 0))), "samples.png", columns=8
+    )
     for kind in ("reconstructions", "samples"):
         found = np.asarray(Image.open(f"checkpoints_best/progress/epoch_08_{kind}.png"))
         assert np.abs(found.astype(int) - np.asarray(Image.open(f"{kind}.png"))).max() < 10  # computed in bfloat16
@@ -329,7 +356,7 @@ def test_a_run_says_that_its_posterior_has_collapsed(workplace, capsys, beta, co
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no cp")
-def test_files_of_earlier_runs_move_away_and_undo_brings_the_checkpoint_back(workplace, capsys):
+def test_files_of_earlier_runs_move_away_and_undo_brings_the_checkpoint_back(workplace, capsys, monkeypatch):
     out = Path("a run's folder")
     run("--epochs", "1", "--output-dir", str(out))
     assert "Undo" not in capsys.readouterr().out
@@ -343,3 +370,12 @@ def test_files_of_earlier_runs_move_away_and_undo_brings_the_checkpoint_back(wor
         command = re.search(rf"Undo .*: (cp .*/previous-{number}/.*)", capsys.readouterr().out)[1]
         subprocess.run(shlex.split(command), check=True)
         assert (out / "vae_model_1.pth").read_bytes() == before["vae_model_1.pth"]
+    monkeypatch.setattr(os, "name", "nt")
+    assert train.command_line("copy", "a run", "b") == 'copy "a run" b'
+
+
+def test_no_amp_means_float32_throughout(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    train.AMP = False
+    device = train.set_up_device()
+    assert train.precision(device) == torch.float32 and not torch.backends.cudnn.allow_tf32

@@ -1,0 +1,76 @@
+"""The cache: photos are decoded once, all of them, in order, and again when they or the way they are cut change."""
+
+import errno
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run
+from faces import draw_faces
+from PIL import Image
+
+import train
+import vae
+from data import cache, photos
+from data.photos import find_photos
+
+
+def test_photos_are_decoded_once(workplace):
+    first, *others = sorted(draw_faces(Path("few"), 6).iterdir())
+    expected = [vae.photo_transform(32)(Image.open(path)).permute(1, 2, 0) for path in (first, *others)]
+    vars(train).update(DATA="few", IMAGE_SIZE=32)
+    photos = train.load_pixels(torch.device("cpu"))
+    torch.testing.assert_close(photos / 255, torch.stack(expected), rtol=0, atol=0.01)
+    before = first.stat()
+    first.write_bytes(bytes(before.st_size))  # nobody looks into it again
+    os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert torch.equal(train.load_pixels(torch.device("cpu")), photos)
+
+
+def test_the_cache_follows_names_sizes_times_and_cut_but_not_the_place(tmp_path, monkeypatch):
+    cut = {"channels": 3, "size": 32, "crop": "center", "face_box": None}
+    folder = draw_faces(tmp_path / "faces", 3)
+    changes = [
+        lambda: os.utime(folder / "face 000.jpg", (1, 1)),
+        lambda: os.truncate(folder / "face 001.jpg", 9),
+        lambda: (folder / "face 002.jpg").rename(folder / "renamed.jpg"),
+        lambda: cut.update(size=16),
+        lambda: cut.update(crop="face"),
+        lambda: monkeypatch.setattr(cache, "DECODING", 0),
+    ]
+    paths = {cache.cache_path(find_photos(folder), cut)}
+    for change in changes:
+        change()
+        paths.add(cache.cache_path(find_photos(folder), cut))
+    assert len(paths) == 7
+    moved = folder.rename(tmp_path / "moved")
+    assert cache.cache_path(find_photos(moved), cut) in paths
+
+
+@pytest.mark.parametrize("count", [200, 600])  # of more than 256, in worker processes
+def test_every_photo_of_a_large_folder_is_there_in_order(workplace, monkeypatch, capsys, count):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    vars(train).update(DATA="many", IMAGE_SIZE=16)
+    Path("many").mkdir()
+    broken = [0, 7, 100, 101, count - 1]
+    for number in range(count):
+        Image.new("RGB", (16, 16), (number % 256, number // 256, 0)).save(f"many/{number:03d}.png")
+    for number in broken:
+        Path(f"many/{number:03d}.png").write_bytes(b"")
+    photos = train.load_pixels(torch.device("cpu")).long()
+    assert [int(n) for n in re.findall(r"Skipped     many/(\d+)\.png", capsys.readouterr().out)] == broken
+    assert (photos[:, 3, 5, 0] + 256 * photos[:, 3, 5, 1]).tolist() == sorted({*range(count)} - {*broken})
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, "Too many open files")])
+def test_a_photo_is_not_left_out_for_lack_of_memory_or_file_handles(error, workplace, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(photos, "open_photo", fail)
+    draw_faces(Path("few"), 6)
+    with pytest.raises((MemoryError, vae.UserError), match=r"^$|Too many open files"):
+        run("--data", "few", "--epochs", "1")
+    assert len(list(Path("data/cache").iterdir())) == 1  # that of the run before
