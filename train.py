@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import vae
-from data.cache import cached, load_images, map_cache
+from data.cache import load_images, load_pixels
 from data.faces import check_crop, face_detector, median_face_box
 from data.photos import find_training_photos
 from vae import CHANNELS, HIDDEN_DIMS, IMAGE_SIZE, LATENT_DIM, UserError, require
@@ -170,35 +170,28 @@ class Muon(torch.optim.Optimizer):
 
     def updates(self, directions):
         """Return the directions orthogonalized and scaled; neighbours of equal shape share each product."""
-        matrices = [wide_matrix(direction) for direction in directions]
+        moved = [direction.movedim(1, -1) for direction in directions]  # the order of channels-last weights in memory
+        matrices = [wide(direction.flatten(1)) for direction in moved]
         groups = [(shape, len([*group])) for shape, group in itertools.groupby(matrix.shape for matrix in matrices)]
         dtype = precision(matrices[0].device)
         batches = [matrices[0].new_empty(count, *shape, dtype=dtype) for shape, count in groups]
         torch._foreach_copy_([matrix for batch in batches for matrix in batch], matrices)
         updates = [update for batch in batches for update in self.orthogonalize(batch)]
-        updates = [weight_of(*pair) for pair in zip(updates, directions, strict=True)]
-        torch._foreach_mul_(updates, [max(1, len(update) / update[0].numel()) ** 0.5 for update in updates])
-        return updates
+        updates = [update.T if len(update) < len(old) else update for update, old in zip(updates, moved, strict=True)]
+        torch._foreach_mul_(updates, [max(1, len(update) / update.shape[1]) ** 0.5 for update in updates])
+        return [update.reshape(old.shape).movedim(-1, 1) for update, old in zip(updates, moved, strict=True)]
 
 
-def wide_matrix(weight):
-    """Return a weight (M, ...) as a matrix of M rows, transposed if it has fewer columns."""
-    matrix = weight.movedim(1, -1).flatten(1)  # the order of channels-last weights in memory
+def wide(matrix):
+    """Return a matrix, transposed if it has more rows than columns."""
     return matrix.T if len(matrix) > matrix.shape[1] else matrix
-
-
-def weight_of(matrix, weight):
-    """Return a matrix of wide_matrix in the shape of the weight that it is made from."""
-    moved = weight.movedim(1, -1)
-    matrix = matrix if len(matrix) == len(moved) else matrix.T
-    return matrix.reshape(moved.shape).movedim(-1, 1)
 
 
 def optimizers_of(model):
     """Return Muon for the inner weights of a VAE, and Adam for its first and last layer, biases and BatchNorm."""
     _, *inner, _ = (weight for weight in model.parameters() if weight.ndim > 1)
     others = [parameter for parameter in model.parameters() if parameter not in {*inner}]
-    inner.sort(key=lambda weight: wide_matrix(weight).shape)
+    inner.sort(key=lambda weight: wide(weight.flatten(1)).shape)
     muon = Muon([{"params": inner, "initial_lr": LEARNING_RATE}], {"momentum": 0.95, "weight_decay": 0.03})
     return muon, torch.optim.Adam([{"params": others, "initial_lr": LEARNING_RATE / 30}], fused=True)
 
@@ -218,21 +211,6 @@ def seed_of(use, *numbers):
 
 
 # Photos
-def load_pixels(device):
-    """Return the photos as uint8 (N, H, W, C): on the GPU if they fit there, else mapped from the cache."""
-    photos = find_training_photos(DATA) if rank == 0 else []
-    cut = {"channels": CHANNELS, "size": IMAGE_SIZE, "crop": CROP, "face_box": FACE_BOX}
-    path = cached(photos, cut, workers=torch.get_num_threads() * world_size)
-    pixels = map_cache(path, IMAGE_SIZE, CHANNELS)
-    if rank == 0:
-        size = f"{pixels.nbytes / 1e6:,.0f} MB"
-        print(f"Photos      {len(pixels):,} of {len(photos):,} can be used, cached in {path} ({size})")
-    if len(pixels) <= 2 * world_size:
-        raise UserError(f"A run needs {2 * world_size + 1} usable photos and has {len(pixels)}.")
-    fits = device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-    return pixels.to(device) if fits else pixels
-
-
 def split_photos(count):
     """Return the indices to train on, at least 2 per rank, and to validate on, at least 1, drawn by SEED."""
     held_out = min(max(1, round(count * VAL_FRACTION)), count - 2 * world_size)
@@ -333,7 +311,11 @@ class Run:
 
 def new_run(settings, device):
     """Return a run before its first step; SEED draws the weights and the split."""
-    pixels = load_pixels(device)
+    photos = find_training_photos(DATA) if rank == 0 else []
+    cut = {"channels": CHANNELS, "size": IMAGE_SIZE, "crop": CROP, "face_box": FACE_BOX}
+    pixels = load_pixels(photos, cut, torch.get_num_threads() * world_size, device)
+    if len(pixels) <= 2 * world_size:
+        raise UserError(f"A run needs {2 * world_size + 1} usable photos and has {len(pixels)}.")
     checksum = zlib.crc32(pixels[:, IMAGE_SIZE // 2].cpu().numpy().tobytes())  # of the middle row of each
     settings |= {"photos": f"{len(pixels)} photos, checksum {checksum:08x}"}
     split = [indices.to(pixels.device) for indices in split_photos(len(pixels))]
@@ -691,8 +673,7 @@ def check_settings():
     require(0 <= BETA < math.inf, "BETA", BETA, "at least 0")
     require(0 <= KL_WARMUP_EPOCHS <= EPOCHS, "KL_WARMUP_EPOCHS", KL_WARMUP_EPOCHS, f"from 0 to EPOCHS ({EPOCHS})")
     require(SEED >= 0, "SEED", SEED, "at least 0")
-    several = '"auto" or "cpu", as each process uses its own GPU'
-    require(world_size == 1 or ":" not in DEVICE, "DEVICE", DEVICE, several)
+    require(world_size == 1 or ":" not in DEVICE, "DEVICE", DEVICE, '"auto" or "cpu": each process has its own GPU')
     require(COMPILE in ("auto", "yes", "no"), "COMPILE", COMPILE, '"auto", "yes" or "no"')
     out = Path(OUTPUT_DIR).resolve()
     require(Path(DATA).resolve() not in (out, *out.parents), "OUTPUT_DIR", OUTPUT_DIR, "a folder outside DATA")
@@ -706,9 +687,7 @@ def check_settings():
 
 def describe_run(run):
     """Print the split, the model, the hardware, and where a resumed run continues."""
-    name = f"threads: {torch.get_num_threads()}"
-    if run.device.type == "cuda":
-        name = torch.cuda.get_device_name()
+    name = torch.cuda.get_device_name() if run.device.type == "cuda" else f"threads: {torch.get_num_threads()}"
     kind = "bfloat16" if precision(run.device) == torch.bfloat16 else "float32"
     compiled = "not compiled" if run.network is run.model else "compiled"
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
@@ -741,10 +720,8 @@ def describe_undo():
     path = checkpoint_path()
     replaced = max(Path(OUTPUT_DIR).glob(f"previous-*/{path.name}"), key=os.path.getctime, default=None)
     if replaced:
-        print(f"Undo        To restore the previous model: {command_line(COPY, str(replaced), str(path))}")
-
-
-COPY = "copy" if os.name == "nt" else "cp"
+        copy_file = "copy" if os.name == "nt" else "cp"
+        print(f"Undo        To restore the previous model: {command_line(copy_file, str(replaced), str(path))}")
 
 
 def command_line(*words):

@@ -28,28 +28,21 @@ CHANNELS: int = 3  # 3 for colour, 1 for grey
 LATENT_DIM: int = 128  # numbers in a latent code; fewer give plainer pictures and smoother interpolations
 HIDDEN_DIMS: list[int] = [32, 64, 128, 256, 512]  # channels of the encoder stages; each stage halves the side
 
-LOG_VAR_RANGE = (-20.0, 10.0)  # keeps exp(log_var) finite and positive, in bfloat16 too
-
 
 def square_transform(size):
     """Return the transform of a PIL image or tensor (..., H, W) to its middle square, scaled to size x size."""
     return Compose([Resize(size), CenterCrop(size)])
 
 
-def photo_transform(size):
-    """Return the transform of a PIL image to a tensor (C, size, size) in [0, 1]."""
-    return Compose([square_transform(size), ToTensor()])
-
-
-celeb_transform = photo_transform(IMAGE_SIZE)
 celeb_transform1 = square_transform(IMAGE_SIZE)
+celeb_transform = Compose([celeb_transform1, ToTensor()])  # from a PIL image to a tensor (C, H, W) in [0, 1]
 
 
 class VAE(nn.Module):
     """Variational autoencoder (Kingma & Welling 2014, arXiv:1312.6114) of strided convolutions.
 
-    Images are (B, channels, image_size, image_size) in [0, 1], latent codes (B, latent_dim). The names in the state
-    dict are a public format: published checkpoints use them.
+    Images are (B, channels, image_size, image_size) in [0, 1], codes (B, latent_dim). Published checkpoints depend on
+    the names in the state dict.
     """
 
     def __init__(self, image_size=IMAGE_SIZE, channels=CHANNELS, hidden_dims=HIDDEN_DIMS, latent_dim=LATENT_DIM):
@@ -58,16 +51,14 @@ class VAE(nn.Module):
         side = math.ceil(image_size / 2 ** len(hidden_dims))  # each stage rounds up: 150 -> 75 -> 38 -> 19 -> 10 -> 5
         self.feature_shape = (hidden_dims[-1], side, side)
         up = hidden_dims[::-1]
-
-        encoder_stage = functools.partial(stage, nn.Conv2d)
         decoder_stage = functools.partial(stage, nn.ConvTranspose2d, output_padding=1)
-        self.encoder = nn.Sequential(*map(encoder_stage, [channels, *hidden_dims], hidden_dims))
+        self.encoder = nn.Sequential(*map(functools.partial(stage, nn.Conv2d), [channels, *hidden_dims], hidden_dims))
         self.fc_mu = nn.Linear(math.prod(self.feature_shape), latent_dim)
         self.fc_var = nn.Linear(math.prod(self.feature_shape), latent_dim)
         self.decoder_input = nn.Linear(latent_dim, math.prod(self.feature_shape))
         self.decoder = nn.Sequential(*map(decoder_stage, up, up[1:]))
         self.final_layer = nn.Sequential(*decoder_stage(up[-1], up[-1]), nn.Conv2d(up[-1], channels, 3, padding=1))
-        self.face_box = None  # left, top and size of the face in its pictures, as shares of the side; None: unknown
+        self.face_box = None  # left, top and size of the face in its pictures, in fractions of the side, if known
 
         # The prior that `sample` draws from: N(0, I) until `fit_prior` has seen the codes of photos
         self.register_buffer("latent_mean", torch.zeros(latent_dim))
@@ -76,13 +67,11 @@ class VAE(nn.Module):
     def encode(self, x):
         """Images (B, C, H, W) -> mean and log-variance of the posterior q(z|x), (B, L) each, in float32."""
         features = self.encoder(x).flatten(1)
-        log_var = F.hardtanh(self.fc_var(features).float(), *LOG_VAR_RANGE)  # a clamp with a cheaper gradient
-        return self.fc_mu(features).float(), log_var
+        return self.fc_mu(features).float(), F.hardtanh(self.fc_var(features).float(), -20, 10)  # keeps exp() finite
 
     def reparameterize(self, mu, log_var):
         """Draw z ~ N(mu, exp(log_var)), (B, L), as eps * std + mu, so that gradients reach both."""
-        std = torch.exp(0.5 * log_var)
-        return torch.randn_like(std) * std + mu
+        return torch.randn_like(mu) * torch.exp(0.5 * log_var) + mu
 
     def decode(self, z):
         """Codes (B, L) -> images (B, C, H, W) in [0, 1], in float32."""
@@ -90,8 +79,7 @@ class VAE(nn.Module):
         logits = self.final_layer(features)
         with torch.autocast(z.device.type, enabled=False):  # bfloat16 has no number between 0.996 and 1
             decoded = torch.sigmoid(logits.to(torch.float32, memory_format=torch.contiguous_format))
-            size = [self.config["image_size"]] * 2
-            return F.interpolate(decoded, size, mode="bilinear", antialias=True)  # like celeb_transform1: 160 -> 150
+            return F.interpolate(decoded, self.config["image_size"], mode="bilinear", antialias=True)  # 160 -> 150
 
     def forward(self, x):
         """Images (B, C, H, W) -> (reconstructions of the same shape, mu (B, L), log_var (B, L)); z is drawn."""
@@ -109,7 +97,7 @@ class VAE(nn.Module):
         return self.decode(self.draw_latents(eps))
 
     def fit_prior(self, mu, log_var):
-        """Make the prior the Gaussian of the aggregate posterior, given the codes (N, L) of any number of photos.
+        """Fit the prior, a Gaussian, to the aggregate posterior, given the codes (N, L) of any number of photos.
 
         The mixture of N Gaussians has the covariance Cov(mu) + diag(mean exp(log_var)) (law of total variance); 1e-6
         on the diagonal keeps it positive definite under rounding. Raises torch.linalg.LinAlgError if it is not.
@@ -124,7 +112,7 @@ class VAE(nn.Module):
 def stage(convolution, inputs, outputs, **options):
     """Return a convolution, BatchNorm and LeakyReLU: (B, inputs, H, W) -> (B, outputs, ...).
 
-    Of the classes, nn.Conv2d halves the sides and rounds up, nn.ConvTranspose2d with output_padding=1 doubles them.
+    nn.Conv2d halves the sides and rounds up, nn.ConvTranspose2d with output_padding=1 doubles them.
     """
     layer = convolution(inputs, outputs, kernel_size=3, stride=2, padding=1, **options)
     layer.bias.requires_grad_(False)  # BatchNorm subtracts it: its gradient is zero, but slow to compute
@@ -141,7 +129,7 @@ def psnr(squared_error, count):
 def save_checkpoint(path, model, half=False, **info):
     """Write a model and `info` (tensors and plain Python types); `half` stores the parameters in 16 bits.
 
-    Raises UserError if a weight is not finite or the file cannot be written; a file that was there stays.
+    Raises UserError if a weight is not finite or the file cannot be written; an existing file then stays.
     """
     state_dict = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     if half:
@@ -149,17 +137,17 @@ def save_checkpoint(path, model, half=False, **info):
     for name, tensor in state_dict.items():
         if not tensor.isfinite().all():
             raise UserError(f"{path} is not written: {name} is no longer finite (was LEARNING_RATE too high?).")
-    buffer = io.BytesIO()  # on a full disk torch.save itself would raise anything
+    buffer = io.BytesIO()  # on a full disk torch.save itself raises all kinds of errors
     torch.save({"config": model.config, "state_dict": state_dict, **info}, buffer)
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path, device="cpu"):
-    """Return (model in eval mode on `device`, info) from a file of save_checkpoint or of the model's ancestors.
+    """Return the model, in eval mode on `device`, and the info that save_checkpoint wrote to a file.
 
-    Those are a bare state dict or a pickled `vae.VAE` of the size that the constants above give; their info is empty,
-    their prior N(0, I). Nothing in a file is ever called. Raises UserError if it is missing, damaged or something else.
+    Older checkpoints are a bare state dict or a pickled `vae.VAE`, of the size that the constants above give; they have
+    no info, and the prior N(0, I). No code in a file is ever run. Raises UserError if it is missing or not valid.
     """
     content = read_checkpoint(path)
     try:
@@ -167,7 +155,7 @@ def load_checkpoint(path, device="cpu"):
             content = content.state_dict()
         info = dict(content) if "state_dict" in content else {"state_dict": content}
         state_dict = dict(info.pop("state_dict"))
-        with torch.device("meta"):  # no memory and no random numbers: the file's tensors become the weights
+        with torch.device("meta"):  # takes no memory and no random numbers: the file's tensors become the weights
             model = VAE(**info.pop("config", {}))
         state_dict.setdefault("latent_mean", torch.zeros(model.config["latent_dim"]))
         state_dict.setdefault("latent_scale", torch.eye(model.config["latent_dim"]))
@@ -179,27 +167,26 @@ def load_checkpoint(path, device="cpu"):
                 raise ValueError(f"its face_box is {other!r}")
         if not all(tensor.isfinite().all() for tensor in state_dict.values()):
             raise ValueError("a weight is not finite")
-    except Exception as error:  # a file may hold anything in place of weights
+    except Exception as error:  # a file may hold anything instead of weights
         reason = " ".join(str(error).split())[:300]
-        expected = "a VAE of its own config, or else of the constants at the top of vae.py"
-        raise UserError(f"{path} does not hold the weights of {expected} ({reason}).") from None
+        raise UserError(f"{path} does not hold the weights of a VAE of its config or of vae.py ({reason}).") from None
     return model.float().to(device).eval(), info
 
 
 def read_checkpoint(path):
-    """Return what torch.save has written to a file: tensors, plain types and modules. Raises UserError."""
+    """Return what torch.save wrote to a file: tensors, plain types and modules; raises UserError for anything else."""
     if not Path(path).is_file():
         raise UserError(f"There is no checkpoint {path}: `python train.py` makes one, --checkpoint names another.")
     layers = (nn.Sequential, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.LeakyReLU, nn.Linear, nn.Sigmoid)
     shells = [(nn.Module, f"{layer.__module__}.{layer.__name__}") for layer in layers]  # their weights, no methods
     try:
-        if zipfile.is_zipfile(path):  # torch.load ignores checksums, and makes up what is marked as a folder
+        if zipfile.is_zipfile(path):  # torch.load ignores checksums, and invents the contents of folders
             archive = zipfile.ZipFile(path)
             if archive.testzip() or any(entry.external_attr & 16 for entry in archive.infolist()):
                 raise ValueError
         with torch.serialization.safe_globals([(nn.Module, "vae.VAE"), *shells]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # whatever the zip reader and the unpickler stumble over
+    except Exception:  # zipfile and the unpickler raise all kinds of errors for a broken file
         raise UserError(f"{path} is damaged, or no checkpoint of tensors and plain Python types.") from None
 
 
@@ -220,19 +207,19 @@ def save_picture(picture, path, **options):
     with atomic_write(path) as file:
         try:
             picture.save(file, Image.registered_extensions()[Path(path).suffix.lower()], quality=95, **options)
-        except (KeyError, ValueError) as error:  # of an unknown format, or of WebP, whose sides have a limit
+        except (KeyError, ValueError) as error:  # an unknown format, or a side too long for WebP
             raise UserError(f"{path} cannot be written ({error}).") from None
 
 
 def latent_noise(model, count, seed):
-    """Return standard normal noise (count, L) for a VAE, the same on all devices; a larger count only adds rows."""
+    """Return noise (count, L) of N(0, I) for a VAE, the same on all devices; a larger count only adds rows."""
     noise = np.random.default_rng(seed).standard_normal((count, model.config["latent_dim"]), dtype=np.float32)
     return torch.from_numpy(noise).to(model.latent_mean.device)
 
 
 @contextmanager
 def atomic_write(path):
-    """Yield a binary file that replaces the one at `path` if the block ends well; raises UserError if it cannot."""
+    """Yield a binary file that replaces the one at `path` if the block succeeds; raises UserError if it cannot."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -242,8 +229,6 @@ def atomic_write(path):
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the name without the contents
         os.replace(partial, path)
-    except BrokenPipeError:  # of a print() in the block
-        raise
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error}).") from None
     finally:
@@ -277,10 +262,9 @@ def run_script(main):
         main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(10)  # torchrun ends all processes when one ends, and rank 0 has to report first
-            sys.exit(1)
-        sys.exit(f"{name}: {error}")
+        rank = int(os.environ.get("RANK", 0))
+        time.sleep(10 if rank else 0)  # torchrun ends all processes when one ends, and rank 0 has to report first
+        sys.exit(1 if rank else f"{name}: {error}")
     except torch.OutOfMemoryError:
         sys.exit(f"{name}: The GPU has too little memory: lower BATCH_SIZE or IMAGE_SIZE, or use --device cpu.")
     except KeyboardInterrupt:
@@ -292,10 +276,9 @@ def run_script(main):
 
 @contextmanager
 def flags(constants, argv):
-    """Within the block, set a script's `constants`, its globals(), from the flags in `argv`.
+    """Within the block, set a script's annotated `constants`, its globals(), from the flags in `argv`.
 
-    Every annotated constant has a flag, whose help is the comment beside it. Yields all of them, {name: value}, and
-    those that `argv` gives.
+    Yields all of them, {name: value}, and those that `argv` gives. The comment beside a constant is its flag's help.
     """
     modules = [sys.modules[__name__], sys.modules[constants["__name__"]]]
     source = "\n".join(map(inspect.getsource, modules))
@@ -306,7 +289,7 @@ def flags(constants, argv):
     parser = argparse.ArgumentParser(description=constants["__doc__"], formatter_class=layout, allow_abbrev=False)
     for name, value in earlier.items():
         flag = f"--{name.lower().replace('_', '-')}"  # --output-dir for OUTPUT_DIR
-        text = f"{comments[name]} (default: {value})".replace("%", "%%")
+        text = f"{comments.get(name, '')} (default: {value})".replace("%", "%%")
         kind = FLAG_KINDS.get(kinds[name], {"type": kinds[name]})
         parser.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
@@ -324,4 +307,4 @@ def pick_device(name):
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
-        raise UserError(f'DEVICE is {name!r}, which does not work here: "auto" always does.') from None
+        raise UserError(f'DEVICE is {name!r}, which does not work here; "auto" always does.') from None

@@ -1,4 +1,4 @@
-"""Decode photos once, into a file of uint8 that is mapped into memory."""
+"""Decode photos once, into a file of uint8 that is mapped into memory, and load batches from it."""
 
 import functools
 import hashlib
@@ -81,11 +81,17 @@ def decode_batch(photos, cut):
     return b"".join(rows), errors
 
 
-def map_cache(path, size, channels):
-    """Return the photos in a cache file as a tensor of uint8 (N, H, W, C), mapped into memory."""
-    rows = np.memmap(path, np.uint8, "r").reshape(-1, size, size, channels)
+def load_pixels(photos, cut, workers, device):
+    """Return Photos as uint8 (N, H, W, C), decoded once: on the GPU if they fit there, else mapped from the cache."""
+    path = cached(photos, cut, workers)
+    rows = np.memmap(path, np.uint8, "r").reshape(-1, cut["size"], cut["size"], cut["channels"])
+    if photos:  # as only rank 0 has them
+        size = f"{rows.nbytes / 1e6:,.0f} MB"
+        print(f"Photos      {len(rows):,} of {len(photos):,} can be used, cached in {path} ({size})")
     with warnings.catch_warnings(action="ignore"):  # silence the read-only warning
-        return torch.from_numpy(rows)
+        pixels = torch.from_numpy(rows)
+    fits = device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+    return pixels.to(device) if fits else pixels
 
 
 def load_images(pixels, batch, device):

@@ -9,7 +9,7 @@
 a constant 1e-3, squared error + 0.132 KL (at 150 pixels), and loss.item() after every step. "ours" are the functions of
 train.py. The peers have plain's batches, optimizer and precision, but photos in memory, and pythae a loss of its own.
 All train the VAE of vae.py, each in a process of its own. They work in turns, each from cold caches, and figures are
-medians of all rounds after the first. torch.profiler measures the parts of a step, and overstates small operations.
+medians of all rounds after the first.
 
 --quality runs plain and train.py once each and prints the seconds until the validation PSNR of train.py is what plain
 has after EPOCHS epochs, with validation; those of train.py include the start of Python, decoding and all pictures.
@@ -32,10 +32,9 @@ import torch
 from faces import draw_face
 from PIL import Image
 from torch import nn
-from torch.autograd import DeviceType
-from torch.profiler import profile, record_function
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import Compose, ToTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -57,17 +56,6 @@ COMPILE: str = "auto"  # as in train.py
 DEVICE: str = "auto"  # "auto", "cuda" or "cpu"
 ROUNDS: int = 7  # repetitions after the first, which alone counts if there are none
 EPOCHS: int = 5  # of QUALITY: those of plain
-
-# The parts of a step, as torch.profiler calls them; an operation counts for all that it calls
-BACKWARD = "autograd::engine::evaluate_function: "
-PARTS = {
-    "convolutions": r"aten::convolution(_backward)?",
-    "batch norm": rf"aten::batch_norm|{BACKWARD}\w*BatchNormBackward0",
-    "loss and gradient of the resize": rf"reconstruction_loss|kl_divergence|{BACKWARD}"
-    r"(Mm|Bmm|UnsafeView|Expand|Pow|Mul|Div|Add|Sub|Rsub|Mean|Sum|Exp|UpsampleBilinear2DAa)Backward\d",
-    "optimizers and average": r"Optimizer\.step.*|update_average",
-    "data": r"load_images|augment",
-}
 
 
 # Processes that work in turns
@@ -141,7 +129,7 @@ def new_vae():
 
 def decode(photos):
     """Decode Photos into images (B, 3, H, W), as people write it first."""
-    transform = vae.photo_transform(IMAGE_SIZE)
+    transform = Compose([vae.square_transform(IMAGE_SIZE), ToTensor()])
     return torch.stack([transform(Image.open(photo.path).convert("RGB")) for photo in photos])
 
 
@@ -235,27 +223,6 @@ def ours():
         yield {"ours, images/s": train.train_epoch(run) / run.seconds}
 
 
-def parts():
-    """The share of each part in the steps of ours; not of compiled ones, whose operations are fused."""
-    train.reuse_freed_memory()
-    run = train.new_run({}, train.set_up_device())
-    run.train_set = run.train_set[: 4 * BATCH_SIZE]
-    for name in ("load_images", "augment", "reconstruction_loss", "kl_divergence", "update_average"):
-        setattr(train, name, record_function(name)(getattr(train, name)))
-    kind = "device" if run.device.type == "cuda" else "cpu"
-    while True:
-        vars(run).update(step=0)
-        with profile() as profiler:
-            train.train_epoch(run)
-        events = [event for event in profiler.key_averages() if event.device_type == DeviceType.CPU]  # else, twice
-        whole = sum(getattr(event, f"self_{kind}_time_total") for event in events)
-        figures = {}
-        for part, names in PARTS.items():
-            taken = [getattr(event, f"{kind}_time_total") for event in events if re.fullmatch(names, event.key)]
-            figures[f"{part}, share of a step"] = sum(taken) / whole
-        yield figures
-
-
 def products():
     """Products of square matrices in the precision of ours, of which the machine cannot make more."""
     device = train.set_up_device()
@@ -301,9 +268,8 @@ def arithmetic():
 
 def rates(settings):
     """Return the figures of all that work in turns, and their ratios."""
-    trainers = [plain, ours, parts] + [pythae, lightning] * PEERS
+    trainers = [plain, ours] + [pythae, lightning] * PEERS
     figures = in_turns(*(worker(trainer, settings) for trainer in trainers), products(), caching(), starting())
-    del figures["parts, peak memory, MB"]  # that of the profiler
     pairs = [("ours", other.__name__, "images/s") for other in [plain, pythae, lightning][: 1 + 2 * PEERS]]
     pairs += [("cache on all cores", "cache on 1 core", "photos/s"), ("genpic.py", "imports and checkpoint", "s")]
     for one, other, unit in pairs:
@@ -389,7 +355,7 @@ def measure(settings):
     with tempfile.TemporaryDirectory() as folder:
         put_photos(Path(folder))
         with chdir(folder), redirect_stdout(sys.stderr):
-            usable = len(train.load_pixels(torch.device("cpu")))  # writes the cache
+            usable = len(train.new_run({}, torch.device("cpu")).pixels)  # writes the cache
             require(usable == COUNT, "PHOTOS", PHOTOS, "a folder of photos that can all be read")
             figures = quality() if QUALITY else rates(settings)
     for name, figure in figures.items():

@@ -5,13 +5,13 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import run
 from faces import draw_faces
 from PIL import Image
 
-import train
 import vae
 from data import cache, photos
 from data.photos import find_photos
@@ -19,14 +19,14 @@ from data.photos import find_photos
 
 def test_photos_are_decoded_once(workplace):
     first, *others = sorted(draw_faces(Path("few"), 6).iterdir())
-    expected = [vae.photo_transform(32)(Image.open(path)).permute(1, 2, 0) for path in (first, *others)]
-    vars(train).update(DATA="few", IMAGE_SIZE=32)
-    photos = train.load_pixels(torch.device("cpu"))
-    torch.testing.assert_close(photos / 255, torch.stack(expected), rtol=0, atol=0.01)
+    expected = [np.asarray(vae.square_transform(32)(Image.open(path))) for path in (first, *others)]
+    arguments = find_photos("few"), {"channels": 3, "size": 32}, 0, torch.device("cpu")
+    pixels = cache.load_pixels(*arguments)
+    assert np.abs(pixels.numpy().astype(int) - expected).max() <= 2
     before = first.stat()
     first.write_bytes(bytes(before.st_size))  # nobody looks into it again
     os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert torch.equal(train.load_pixels(torch.device("cpu")), photos)
+    assert torch.equal(cache.load_pixels(*arguments), pixels)
 
 
 def test_the_cache_follows_names_sizes_times_and_cut_but_not_the_place(tmp_path, monkeypatch):
@@ -50,18 +50,16 @@ def test_the_cache_follows_names_sizes_times_and_cut_but_not_the_place(tmp_path,
 
 
 @pytest.mark.parametrize("count", [200, 600])  # of more than 256, in worker processes
-def test_every_photo_of_a_large_folder_is_there_in_order(workplace, monkeypatch, capsys, count):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    vars(train).update(DATA="many", IMAGE_SIZE=16)
+def test_every_photo_of_a_large_folder_is_there_in_order(workplace, capsys, count):
     Path("many").mkdir()
     broken = [0, 7, 100, 101, count - 1]
     for number in range(count):
         Image.new("RGB", (16, 16), (number % 256, number // 256, 0)).save(f"many/{number:03d}.png")
     for number in broken:
         Path(f"many/{number:03d}.png").write_bytes(b"")
-    photos = train.load_pixels(torch.device("cpu")).long()
+    pixels = cache.load_pixels(find_photos("many"), {"channels": 3, "size": 16}, 2, torch.device("cpu")).long()
     assert [int(n) for n in re.findall(r"Skipped     many/(\d+)\.png", capsys.readouterr().out)] == broken
-    assert (photos[:, 3, 5, 0] + 256 * photos[:, 3, 5, 1]).tolist() == sorted({*range(count)} - {*broken})
+    assert (pixels[:, 3, 5, 0] + 256 * pixels[:, 3, 5, 1]).tolist() == sorted({*range(count)} - {*broken})
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, "Too many open files")])

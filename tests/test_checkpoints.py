@@ -103,7 +103,7 @@ WRONG = {
     "photo": ((ROOT / "data/tested_data/sample.jpg").read_bytes(), UNREAD),
     "archive": (b"PK\5\6" + bytes(18), UNREAD),
     "other model": ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "does not hold the weights of a VAE"),
-    "other size": (STATE, "its own config, or else of the constants at the top of vae.py (Error(s) in loading"),
+    "other size": (STATE, "a VAE of its config or of vae.py (Error(s) in loading"),
     "missing": ({"config": CONFIG, "state_dict": {}}, "Missing key(s) in state_dict"),
     "shape": ({"config": CONFIG, "state_dict": {**STATE, "fc_mu.bias": torch.zeros(6)}}, "size mismatch for fc_mu."),
     "face": ({"config": CONFIG, "state_dict": STATE, "face_box": "abc"}, "its face_box is 'abc'"),

@@ -11,6 +11,7 @@ import torch
 from conftest import TRAINED, files_of_at_most, generate, refusal, untouched_scripts
 from faces import draw_face, draw_faces
 from PIL import Image
+from torchvision.transforms.functional import to_tensor
 
 import genpic
 import vae
@@ -80,7 +81,7 @@ def test_the_grid_is_the_photo_its_reconstruction_and_ten_variations(workplace, 
     assert Image.open("grid.png").size == (6 * 34 + 2, 2 * 34 + 2)
     assert len({picture.tobytes() for picture in grid[2:]}) == 10
     model, info = vae.load_checkpoint(TRAINED)
-    photo = vae.photo_transform(32)(read_image("faces/face 000.jpg"))[None]
+    photo = to_tensor(vae.square_transform(32)(read_image("faces/face 000.jpg")))[None]
     reconstruction = model.decode(model.encode(photo)[0])
     assert apart(grid[:2], [vae.to_picture(image) for image in (photo[0], reconstruction[0])]) <= 1
     assert apart(pictures("--w", "0")[2:], grid[1]) <= 1

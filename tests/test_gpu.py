@@ -13,6 +13,8 @@ from test_train import BLANK_RUN
 
 import train
 import vae
+from data.cache import load_pixels
+from data.photos import find_photos
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -29,15 +31,15 @@ def test_a_run_learns_and_resumes(compiled, workplace, monkeypatch):
 
 
 def test_photos_go_to_the_gpu_if_they_fit_and_bfloat16_gives_the_same_psnr(workplace, monkeypatch):
-    train.DATA, train.IMAGE_SIZE = "faces", 32
     model, _ = vae.load_checkpoint(TRAINED, "cuda")
     device = model.latent_mean.device
-    pixels = train.load_pixels(device)
+    arguments = find_photos("faces"), {"channels": 3, "size": 32}, 1, device
+    pixels = load_pixels(*arguments)
     run = replace(BLANK_RUN, average=model, device=device, pixels=pixels, val_set=torch.arange(9).to(device))
     exact, rounded = [train.validate(run)[0]["val_psnr"] for train.AMP in (False, True)]
     assert rounded == pytest.approx(exact, abs=0.05) and rounded != exact
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (pixels.nbytes, 0))
-    assert pixels.is_cuda and not train.load_pixels(device).is_cuda
+    assert pixels.is_cuda and not load_pixels(*arguments).is_cuda
 
 
 def test_memory_that_runs_out_is_a_sentence(workplace):
