@@ -1,6 +1,6 @@
-"""Train the variational autoencoder of vae.py on a folder of photos.
+"""Train the variational autoencoder in vae.py on a folder of photos.
 
-    python train.py                               # on data/train (on the demo faces while that is empty)
+    python train.py                               # on data/train (or on the demo faces if it is empty)
     python train.py --data ~/photos --epochs 5    # every constant at the top of the script is a flag
     python train.py --resume                      # continue an interrupted run
     torchrun --nproc-per-node 4 train.py          # on four GPUs
@@ -41,44 +41,48 @@ from data.photos import find_training_photos
 from vae import CHANNELS, HIDDEN_DIMS, IMAGE_SIZE, LATENT_DIM, UserError, require
 
 # Input and output
-DATA: str = "data/train"  # folder of photos, searched with its subfolders; or a .zip of photos; or a .npy array
+DATA: str = "data/train"  # folder of photos (including subfolders), .zip of photos, or .npy array
 OUTPUT_DIR: str = "checkpoints_best"  # folder for the checkpoints, curves and pictures of the run
 RESUME: bool = False  # continue the run saved in OUTPUT_DIR/last.pth
-CROP: str = "center"  # part of each photo to use: "center" square, square around the "face", or "LEFT TOP SIZE"
-VAL_FRACTION: float = 0.05  # fraction of the photos held out for validation; more gives steadier validation figures
-FLIP: bool = True  # mirror half of the photos at random; turn off if left and right differ in meaning
-AUGMENT: float = 0.03  # rotate, shear, stretch and shift photos at random by up to this fraction of half their side
+CROP: str = "center"  # square to use: "center", "face" (around the largest face), or "LEFT TOP SIZE" in pixels
+VAL_FRACTION: float = 0.05  # fraction of the photos held out for validation; more gives less noisy validation metrics
+FLIP: bool = True  # randomly mirror half of the photos; turn off if left and right matter
+AUGMENT: float = 0.03  # randomly rotate, shear, stretch and shift photos by up to this fraction of half the side
 
 # Training
-EPOCHS: int = 20  # passes over the photos; also the number in the checkpoint's name
-BATCH_SIZE: int = 32  # photos per step, over all GPUs together; raise it on large GPUs, lower it if memory runs out
+EPOCHS: int = 20  # passes over the photos; also the number in the checkpoint's file name
+BATCH_SIZE: int = 32  # photos per step, across all GPUs; raise it on large GPUs, lower it if memory runs out
 LEARNING_RATE: float = 0.03  # peak learning rate of Muon (Adam uses a 30th of it); lower it if the loss jumps around
-RECONSTRUCTION: str = "ssim"  # loss: "mse" squared error, "ssim" squared error and structure, "bce" cross-entropy
-BETA: float = 0.132  # weight of the KL divergence in nats; higher: smoother samples, blurrier reconstructions
-KL_WARMUP_EPOCHS: float = 0.0  # epochs over which the KL weight grows from 0; a few help if latents stay unused
-SEED: int = 0  # seed of all random numbers: first weights, split, order, augmentation, noise
+RECONSTRUCTION: str = "ssim"  # loss: "mse" (squared error), "ssim" (squared error and SSIM) or "bce" (cross-entropy)
+BETA: float = 0.132  # weight of the KL divergence (in nats); higher gives smoother samples but blurrier reconstructions
+KL_WARMUP_EPOCHS: float = 0.0  # epochs over which the KL weight rises from 0; a few help if latents stay unused
+SEED: int = 0  # seed for all random numbers: initial weights, split, order, augmentation, noise
 
 # Hardware
-DEVICE: str = "auto"  # "auto" is CUDA if available, else the CPU; or name a device: "cpu", "cuda:1"
+DEVICE: str = "auto"  # "auto" (CUDA if available, else the CPU) or a device, such as "cpu" or "cuda:1"
 AMP: bool = True  # compute in bfloat16 if the hardware supports it: much faster, same quality
 COMPILE: str = "auto"  # compile the model first, which takes a minute: "yes", "no", or "auto" (only on CUDA)
 
-FACE_BOX = (0.2326, 0.2859, 0.5445)  # where CROP "face" puts faces: left, top and size in fractions of the side
+FACE_BOX = (0.2326, 0.2859, 0.5445)  # where CROP "face" puts faces: left, top and size as fractions of the side
+
+FORMAT = 1  # version of last.pth
+MAY_CHANGE = {"DATA", "OUTPUT_DIR", "RESUME", "DEVICE", "AMP", "COMPILE"}  # settings that may change on --resume
+LOSSES = ("loss", "reconstruction", "kl")  # columns of history.csv
 
 # torchrun starts several processes: each trains on its part of every batch, and rank 0 does everything else alone
 rank = int(os.environ.get("RANK", 0))
 world_size = int(os.environ.get("WORLD_SIZE", 1))
 
 
-# Losses, per image: summed over pixels and latents
+# Losses per image, summed over pixels and latents
 def reconstruction_loss(recon, x, kind):
     """Loss (B,) of reconstructions of images (B, C, S, S) in [0, 1], summed over pixels.
 
-    "mse" is the squared error, "ssim" that plus 0.01 (1 - SSIM) for each value of the image, "bce" the binary
+    "mse" is the squared error, "ssim" adds 0.01 (1 - SSIM) for each value of the image, and "bce" is the binary
     cross-entropy in nats.
     """
     if kind == "bce":  # F.binary_cross_entropy would crash on a loss that is not finite
-        recon = recon.clamp(1e-7, 1 - 1e-7)  # a sigmoid reaches 0 and 1, whose logarithms are infinite
+        recon = recon.clamp(1e-7, 1 - 1e-7)  # a sigmoid can reach 0 and 1, where the logarithms are infinite
         return -(x * recon.log() + (1 - x) * (1 - recon).log()).sum((1, 2, 3))
     squared_error = (recon - x).square()
     if kind == "mse":
@@ -88,10 +92,10 @@ def reconstruction_loss(recon, x, kind):
 
 
 def structural_similarity(one, other, squared_error):
-    """Mean SSIM (B,) of images (B, C, S, S) in [0, 1], over windows of 8 x 8 pixels, 4 apart (Wang et al. 2004)."""
+    """Mean SSIM (B,) of images (B, C, S, S) in [0, 1], over 8 x 8 windows with stride 4 (Wang et al. 2004)."""
     windows = F.avg_pool1d(torch.eye(one.shape[-1], device=one.device), 8, 4)
 
-    def mean(images):  # as matrix products, which are faster than avg_pool2d on a CPU
+    def mean(images):  # matrix products are faster than avg_pool2d on a CPU
         return windows.T @ images @ windows
 
     mean_one = mean(one)
@@ -99,7 +103,7 @@ def structural_similarity(one, other, squared_error):
     twice_product = 2 * mean_one * mean_other
     twice_mean_product = 2 * mean(one * other)
     energy = torch.addcmul(mean_other.square(), mean_one, mean_one)
-    variances = mean(squared_error) + twice_mean_product - energy  # as x^2 + y^2 = (x - y)^2 + 2 x y
+    variances = mean(squared_error) + twice_mean_product - energy  # because x^2 + y^2 = (x - y)^2 + 2 x y
     similarity = (twice_product + 0.01**2) * (twice_mean_product - twice_product + 0.03**2)
     return (similarity / ((energy + 0.01**2) * (variances + 0.03**2))).mean((1, 2, 3))
 
@@ -109,7 +113,7 @@ def kl_divergence(mu, log_var):
     return 0.5 * (mu.square() + log_var.exp() - log_var - 1)
 
 
-# Schedules: functions of the progress, the completed fraction of the run's steps
+# Schedules, functions of progress (the fraction of the run's steps that is complete), and seeds
 def one_cycle(progress):
     """Fraction of the peak learning rate: rises linearly over the first 2 % of the run, then falls linearly to 0."""
     return min(progress / 0.02, (1 - progress) / 0.98)
@@ -120,43 +124,48 @@ def kl_weight(progress):
     return BETA * min(1.0, progress * EPOCHS / KL_WARMUP_EPOCHS) if KL_WARMUP_EPOCHS else BETA
 
 
+def seed_of(use, *numbers):
+    """Return the seed (int) of one random stream, derived from SEED, its purpose `use` (bytes) and `numbers`."""
+    return int(np.random.SeedSequence((SEED, *use, *numbers)).generate_state(1, np.uint64)[0])
+
+
 # Optimizers
 def orthogonalize(matrices):
-    """Bring the singular values of matrices (K, M, N), M <= N, close to 1: most to between 0.65 and 1.2.
+    """Move the singular values of matrices (K, M, N), M <= N, close to 1: most end up between 0.65 and 1.2.
 
     Four Newton-Schulz iterations X -> P X, where P = a I + b X X^T + c (X X^T)^2 with the coefficients of Jordan et al.
-    All P commute with X X^T, so two iterations in a row need no product with X; more would be unstable in bfloat16.
+    Every P commutes with X X^T, so two iterations need only one product with X; merging more is unstable in bfloat16.
     """
     gram = matrices @ matrices.mT
-    norm = torch.linalg.vector_norm(gram, dim=(1, 2), keepdim=True)  # at least the largest singular value, squared
+    norm = torch.linalg.vector_norm(gram, dim=(1, 2), keepdim=True)  # at least the largest singular value squared
     norm = norm.clamp_min(1e-15)
     matrices = newton_schulz(gram / norm, matrices) * norm.rsqrt()
     return newton_schulz(matrices @ matrices.mT, matrices)
 
 
 def newton_schulz(gram, matrices):
-    """Return two iterations of matrices X (K, M, N), given X X^T (K, M, M)."""
+    """Apply two Newton-Schulz iterations to matrices X (K, M, N), given X X^T (K, M, M)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     first = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
     first.diagonal(dim1=1, dim2=2).add_(a)
     gram = first @ gram @ first
-    second = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # without a I, which the next line adds
+    second = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # omits a I, which the next line adds
     both = torch.baddbmm(first, second, first, beta=a)
     return both @ matrices
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalized, with decoupled weight decay (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+    """Orthogonalized momentum with decoupled weight decay (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    A weight (M, ...) is treated as a matrix of M rows; matrices of one shape are orthogonalized together. Unlike this
-    one, torch.optim.Muon takes no convolutions, and it is slower on a CPU.
+    A weight (M, ...) is treated as a matrix of M rows. Unlike this one, torch.optim.Muon takes no convolutions, and it
+    is slower on a CPU.
     """
 
     orthogonalize = staticmethod(orthogonalize)
 
     @torch.no_grad()
     def step(self):
-        """Move each weight against the orthogonalized Nesterov momentum of its gradients."""
+        """Update each weight with the orthogonalized Nesterov momentum of its gradients."""
         for group in self.param_groups:
             weights = group["params"]
             gradients = [weight.grad for weight in weights]
@@ -169,9 +178,10 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(weights, self.updates(directions), alpha=-group["lr"])
 
     def updates(self, directions):
-        """Return the directions orthogonalized and scaled; neighbours of equal shape share each product."""
-        moved = [direction.movedim(1, -1) for direction in directions]  # the order of channels-last weights in memory
-        matrices = [wide(direction.flatten(1)) for direction in moved]
+        """Return the directions, orthogonalized and scaled; neighbours of equal shape are processed in one batch."""
+        moved = [direction.movedim(1, -1) for direction in directions]  # the memory order of channels-last weights
+        matrices = [direction.flatten(1) for direction in moved]
+        matrices = [matrix.T if len(matrix) > matrix.shape[1] else matrix for matrix in matrices]
         groups = [(shape, len([*group])) for shape, group in itertools.groupby(matrix.shape for matrix in matrices)]
         dtype = precision(matrices[0].device)
         batches = [matrices[0].new_empty(count, *shape, dtype=dtype) for shape, count in groups]
@@ -182,46 +192,36 @@ class Muon(torch.optim.Optimizer):
         return [update.reshape(old.shape).movedim(-1, 1) for update, old in zip(updates, moved, strict=True)]
 
 
-def wide(matrix):
-    """Return a matrix, transposed if it has more rows than columns."""
-    return matrix.T if len(matrix) > matrix.shape[1] else matrix
-
-
 def optimizers_of(model):
-    """Return Muon for the inner weights of a VAE, and Adam for its first and last layer, biases and BatchNorm."""
+    """Return Muon for the inner weights of a VAE, and Adam for its first and last layers, biases and BatchNorm."""
     _, *inner, _ = (weight for weight in model.parameters() if weight.ndim > 1)
     others = [parameter for parameter in model.parameters() if parameter not in {*inner}]
-    inner.sort(key=lambda weight: wide(weight.flatten(1)).shape)
+    inner.sort(key=lambda weight: sorted(weight.flatten(1).shape))
     muon = Muon([{"params": inner, "initial_lr": LEARNING_RATE}], {"momentum": 0.95, "weight_decay": 0.03})
     return muon, torch.optim.Adam([{"params": others, "initial_lr": LEARNING_RATE / 30}], fused=True)
 
 
 def update_average(means, values, step):
-    """Move the tensors `means` towards `values`, after `step` earlier steps.
+    """Move the tensors `means` towards `values`, given the number of earlier steps.
 
-    A mean covers about the last 50 steps, or a tenth of all steps early in a run (polynomial-decay averaging, Shamir &
+    The mean covers about the last 50 steps, or the last tenth early in a run (polynomial-decay averaging, Shamir &
     Zhang 2013). At a high learning rate weights circle a minimum; their mean is closer to it (Polyak & Juditsky 1992).
     """
     torch._foreach_lerp_(means, values, max(1 / 50, 10 / (step + 10)))
 
 
-def seed_of(use, *numbers):
-    """Return the seed (int) of one stream of random numbers, computed from SEED, its use (bytes) and numbers."""
-    return int(np.random.SeedSequence((SEED, *use, *numbers)).generate_state(1, np.uint64)[0])
-
-
 # Photos
 def split_photos(count):
-    """Return the indices to train on, at least 2 per rank, and to validate on, at least 1, drawn by SEED."""
+    """Return the training indices, at least 2 per rank, and the validation indices, at least 1, chosen by SEED."""
     held_out = min(max(1, round(count * VAL_FRACTION)), count - 2 * world_size)
     indices = torch.from_numpy(np.random.default_rng(seed_of(b"split")).permutation(count))
     return indices[held_out:], indices[:held_out]
 
 
 def batches_of(train_set, epoch):
-    """Return the batches of an epoch, indices (steps, BATCH_SIZE), in an order drawn by SEED.
+    """Return the batches of an epoch as indices (steps, BATCH_SIZE), in an order chosen by SEED.
 
-    The last batch is filled up from the start of the order. A set smaller than a batch is a single batch.
+    The last batch is filled with photos from the start of the order. A set smaller than a batch forms one batch.
     """
     order = np.random.default_rng(seed_of(b"order", epoch)).permutation(len(train_set))
     size = min(BATCH_SIZE, math.ceil(len(order) / world_size) * world_size)
@@ -231,15 +231,15 @@ def batches_of(train_set, epoch):
 
 # Hardware
 def reuse_freed_memory():
-    """Make glibc keep freed memory for the next step: fetching it from the system again is slow."""
-    with suppress(OSError, AttributeError):  # other C libraries
+    """Make glibc keep freed memory for the next step: requesting it from the system again is slow."""
+    with suppress(OSError, AttributeError):  # not glibc
         library = ctypes.CDLL("libc.so.6")
-        library.mallopt(-3, 1 << 30) or library.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; before 2.35 at most 32 MB
+        library.mallopt(-3, 1 << 30) or library.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; at most 32 MB before 2.35
         library.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def precision(device):
-    """Return the type of matrix products: bfloat16 if AMP and the hardware has it, as emulation would be slow."""
+    """Return the dtype of matrix products: bfloat16 if AMP is on and the hardware supports it without emulation."""
     if device.type == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -249,19 +249,19 @@ def precision(device):
 
 
 def autocast(device):
-    """Return the context in which matrix products have that precision."""
+    """Return a context in which matrix products use the dtype from `precision`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) == torch.bfloat16)
 
 
 def set_up_device():
-    """Join the other processes, if there are any, and return this one's device."""
+    """Join the other processes, if there are any, set the precision, and return this process's device."""
     if world_size > 1:
         on_gpus = torch.cuda.is_available() and DEVICE != "cpu"
         if on_gpus:
             gpus = torch.cuda.device_count()
             here = int(os.environ["LOCAL_WORLD_SIZE"])
-            require(here <= gpus, "--nproc-per-node", here, f"at most {gpus}, the number of GPUs here")
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # the GPU that "cuda" now means
+            require(here <= gpus, "--nproc-per-node", here, f"at most {gpus}, the number of GPUs on this machine")
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from now on, "cuda" means this GPU
         distributed.init_process_group("nccl" if on_gpus and distributed.is_nccl_available() else "gloo")
     device = vae.pick_device(DEVICE)
     torch.set_float32_matmul_precision("highest")  # SSIM subtracts products: TF32 would be too coarse
@@ -273,17 +273,16 @@ def set_up_device():
 
 
 def can_compile(device):
-    """Whether COMPILE asks for compiled code and a compiler works here; prints a warning if it does not."""
+    """Return whether COMPILE asks for compilation and a compiler works here; print a warning if it does not."""
     if COMPILE == "no" or (COMPILE == "auto" and device.type != "cuda"):
         return False
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:  # compilers fail in many ways
-        if rank == 0:
-            reason = next(line for line in str(error).splitlines() if line)
-            print(f"Warning     The model cannot be compiled, so training is slower ({reason}).")
+        reason = next(line for line in str(error).splitlines() if line)
+        print(f"Warning     The model cannot be compiled, so training is slower ({reason}).")
         return False
-    torch._dynamo.config.suppress_errors = True  # what does not compile after all runs uncompiled, and says so
+    torch._dynamo.config.suppress_errors = True  # code that still fails to compile runs uncompiled, with a warning
     return True
 
 
@@ -292,31 +291,31 @@ def can_compile(device):
 class Run:
     """State of a training run."""
 
-    model: vae.VAE  # what learns
-    network: nn.Module  # the model, compiled and distributed as far as possible
+    model: vae.VAE  # the model being trained
+    network: nn.Module  # the model, wrapped for compilation and several processes where enabled
     average: vae.VAE  # moving average of the model, which is validated and saved for genpic.py
-    averaged: tuple  # the lists of tensors for update_average
+    averaging: list  # the two lists of tensors for update_average
     optimizers: tuple  # Muon and Adam
     device: torch.device
     pixels: torch.Tensor  # the photos, uint8 (N, H, W, C)
-    train_set: torch.Tensor  # indices of photos, on the device of the photos
+    train_set: torch.Tensor  # indices into `pixels`, on the same device
     val_set: torch.Tensor
     settings: dict  # the constants, and the number and checksum of the photos
     epoch: int = 0  # completed epochs
     step: int = 0  # completed steps of the current epoch
-    seconds: float = 0.0  # spent on them
-    sums: list = field(default_factory=lambda: [0.0] * 3)  # over them: loss, reconstruction and KL
-    history: list = field(default_factory=list)  # a row of figures for each epoch
+    seconds: float = 0.0  # time spent on those steps
+    sums: list = field(default_factory=lambda: [0.0] * 3)  # loss, reconstruction and KL, summed over those steps
+    history: list = field(default_factory=list)  # a row of metrics for each epoch
 
 
 def new_run(settings, device):
-    """Return a run before its first step; SEED draws the weights and the split."""
+    """Return a new run, with initial weights and a split that depend on SEED."""
     photos = find_training_photos(DATA) if rank == 0 else []
     cut = {"channels": CHANNELS, "size": IMAGE_SIZE, "crop": CROP, "face_box": FACE_BOX}
     pixels = load_pixels(photos, cut, torch.get_num_threads() * world_size, device)
     if len(pixels) <= 2 * world_size:
-        raise UserError(f"A run needs {2 * world_size + 1} usable photos and has {len(pixels)}.")
-    checksum = zlib.crc32(pixels[:, IMAGE_SIZE // 2].cpu().numpy().tobytes())  # of the middle row of each
+        raise UserError(f"Training needs at least {2 * world_size + 1} usable photos and has {len(pixels)}.")
+    checksum = zlib.crc32(pixels[:, IMAGE_SIZE // 2].cpu().numpy().tobytes())  # of each photo's middle row
     settings |= {"photos": f"{len(pixels)} photos, checksum {checksum:08x}"}
     split = [indices.to(pixels.device) for indices in split_photos(len(pixels))]
     torch.manual_seed(seed_of(b"init"))
@@ -329,16 +328,40 @@ def new_run(settings, device):
         optimizers[0].orthogonalize = torch.compile(orthogonalize, dynamic=False)
     if world_size > 1:
         network = nn.parallel.DistributedDataParallel(network)
-    averaged = [
+    averaging = [
         [tensor for name, tensor in one.state_dict().items() if tensor.is_floating_point() and "latent_" not in name]
-        for one in (average, model)  # without the prior, which only the average has
+        for one in (average, model)  # without the prior, which is fitted only for the average
     ]
-    return Run(model, network, average, averaged, optimizers, device, pixels, *split, settings)
+    return Run(model, network, average, averaging, optimizers, device, pixels, *split, settings)
+
+
+# Stopping
+stop_signals = []  # the SIGINT or SIGTERM received, if any
+
+
+@contextmanager
+def stopping_after_the_step():
+    """Within the block, Ctrl-C and SIGTERM stop the run after the current step, and a second one immediately."""
+
+    def request_stop(number, frame):
+        if stop_signals:
+            raise KeyboardInterrupt
+        stop_signals.append(number)
+        # print() is not safe in a handler
+        os.write(2, b"\nStopping after this step; press Ctrl-C again to stop immediately.\n")
+
+    stop_signals.clear()
+    handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 # Step, epoch, validation
 def augment(images):
-    """Mirror half of the images (B, C, H, W) if FLIP, and move each by a random affine map of the size AUGMENT."""
+    """Mirror half of the images (B, C, H, W) if FLIP, and warp each with a random affine map of magnitude AUGMENT."""
     if FLIP:
         mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
         images = torch.where(mirrored, images.flip(3), images)
@@ -356,9 +379,9 @@ def train_step(network, optimizers, images, global_step, progress):
     images = augment(images)
     with autocast(images.device):
         recon, mu, log_var = network(images)
-    reconstruction = reconstruction_loss(recon, images, RECONSTRUCTION)
+    recon_loss = reconstruction_loss(recon, images, RECONSTRUCTION)
     kl = kl_divergence(mu, log_var).sum(1)
-    loss = torch.add(reconstruction, kl, alpha=kl_weight(progress))
+    loss = torch.add(recon_loss, kl, alpha=kl_weight(progress))
 
     network.zero_grad()
     loss.mean().backward()
@@ -366,23 +389,23 @@ def train_step(network, optimizers, images, global_step, progress):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * one_cycle(progress)
         optimizer.step()
-    return torch.stack([loss, reconstruction, kl]).detach().sum(1)
+    return torch.stack([loss, recon_loss, kl]).detach().sum(1)
 
 
 def train_epoch(run):
-    """Take the remaining steps of the current epoch, up to its end or a stop signal; return the epoch's photo count."""
+    """Take the remaining steps of the current epoch until it ends or is stopped; return the epoch's photo count."""
     run.network.train()
     batches = batches_of(run.train_set, run.epoch)
-    sums = torch.tensor(run.sums, device=run.device) * (rank == 0)  # the others add theirs below
+    sums = torch.tensor(run.sums, device=run.device) * (rank == 0)  # the other ranks' sums are added below
     start = time.perf_counter()
     bar = tqdm(batches[run.step :], leave=False, total=len(batches), initial=run.step, disable=rank > 0 or None)
     bar.set_description(f"Epoch {run.epoch + 1}/{EPOCHS}")
     for batch in bar:
         global_step = run.epoch * len(batches) + run.step
-        progress = (global_step + 0.5) / (EPOCHS * len(batches))  # in the middle of the step
+        progress = (global_step + 0.5) / (EPOCHS * len(batches))  # measured at the middle of the step
         images = load_images(run.pixels, batch[rank::world_size], run.device)
         sums += train_step(run.network, run.optimizers, images, global_step, progress)
-        update_average(*run.averaged, global_step)
+        update_average(*run.averaging, global_step)
         run.step += 1
         is_due = run.step % 50 == 0 or run.step == len(batches)  # checking every loss would make the GPU wait
         if rank == 0 and is_due and not sums[0].isfinite():  # gradients are averaged, so rank 0 sees all failures
@@ -398,10 +421,10 @@ def train_epoch(run):
 
 
 @torch.inference_mode()
-def fit_prior(run):
+def update_prior(run):
     """Fit the prior to the codes of at most 16,384 training photos; return the number of active latents.
 
-    A latent is active if its mean varies between photos by more than 0.01 (Burda et al. 2016, arXiv:1509.00519, 5.2).
+    A latent is active if the variance of its mean exceeds 0.01 (Burda et al. 2016, arXiv:1509.00519, section 5.2).
     """
     codes = []
     for batch in run.train_set[:16384].split(BATCH_SIZE // world_size):
@@ -409,16 +432,13 @@ def fit_prior(run):
         with autocast(run.device):
             codes.append(torch.stack(run.average.encode(images)))
     mu, log_var = torch.cat(codes, dim=1)
-    try:
-        run.average.fit_prior(mu, log_var)
-    except torch.linalg.LinAlgError:
-        raise UserError(f"The codes of epoch {run.epoch + 1} are out of bounds: lower LEARNING_RATE.") from None
+    run.average.fit_prior(mu, log_var)
     return (mu.var(0, correction=0) > 0.01).sum().item()
 
 
 @torch.inference_mode()
 def validate(run):
-    """Return the figures of the validation photos, reconstructed from z = mu, and their codes mu, log_var (N, L)."""
+    """Return validation metrics, with photos reconstructed from z = mu, and their codes mu, log_var (N, L)."""
     codes = []
     losses = []
     for batch in run.val_set.split(BATCH_SIZE // world_size):
@@ -429,11 +449,11 @@ def validate(run):
         codes.append(torch.stack([mu, log_var]))
         losses.append(torch.stack([reconstruction_loss(recon, images, kind) for kind in ("mse", RECONSTRUCTION)]))
     mu, log_var = torch.cat(codes, dim=1).cpu()
-    squared_error, reconstruction = torch.cat(losses, dim=1).cpu().double()
+    squared_error, recon_loss = torch.cat(losses, dim=1).cpu().double()
     kl = kl_divergence(mu, log_var).sum(1).double()
     figures = {
-        "val_loss": (reconstruction + BETA * kl).mean().item(),
-        "val_reconstruction": reconstruction.mean().item(),
+        "val_loss": (recon_loss + BETA * kl).mean().item(),
+        "val_reconstruction": recon_loss.mean().item(),
         "val_kl": kl.mean().item(),
         "val_psnr": vae.psnr(squared_error.mean().item(), images[0].numel()),
     }
@@ -441,8 +461,8 @@ def validate(run):
 
 
 def finish_epoch(run, count):
-    """Fit the prior, validate, and save the files of an epoch of `count` photos but last.pth; return its log line."""
-    active = fit_prior(run)
+    """Fit the prior, validate and save all files of an epoch of `count` photos except last.pth; return its log line."""
+    active = update_prior(run)
     figures, mu, log_var = validate(run)
     means = {f"train_{name}": total / count for name, total in zip(LOSSES, run.sums, strict=True)}
     speed = {"active_units": active, "images_per_second": count / run.seconds}
@@ -451,7 +471,7 @@ def finish_epoch(run, count):
     run.history.append(row)
     if is_best:
         constants = {name: value for name, value in run.settings.items() if name not in MAY_CHANGE}
-        vae.save_checkpoint(checkpoint_path(), run.average, constants=constants, face_box=run.average.face_box, **row)
+        vae.save_checkpoint(checkpoint_path(), run.average, constants=constants, **row)
     save_pictures(run, row["epoch"])
     save_history(run.history)
     if row["epoch"] == EPOCHS:
@@ -460,48 +480,43 @@ def finish_epoch(run, count):
 
 
 def log_line(row, is_best):
-    """Return the line that describes an epoch."""
+    """Return the log line of an epoch."""
     losses = f"train {row['train_loss']:.1f}  val {row['val_loss']:.1f}  KL {row['val_kl']:.1f} nats"
     quality = f"PSNR {row['val_psnr']:.2f} dB  {row['images_per_second']:.1f} images/s"
     remark = "  best so far" if is_best else ""
     if has_collapsed(row):
-        remark = "  COLLAPSED: all photos look alike; lower BETA or raise KL_WARMUP_EPOCHS"
+        remark = "  COLLAPSED: all reconstructions look alike; lower BETA or raise KL_WARMUP_EPOCHS"
     return f"Epoch {row['epoch']:2d}/{EPOCHS}  {losses}  {quality}{remark}"
 
 
 def has_collapsed(row):
-    """Whether an epoch's codes hold less than 1 nat; early in a small run, only those of validation may."""
+    """Return whether training and validation KL are below 1 nat; early in a small run, validation alone may be."""
     return max(row["train_kl"], row["val_kl"]) < 1
 
 
 # Files of a run
-FORMAT = 1  # version of last.pth
-LOSSES = ("loss", "reconstruction", "kl")
-MAY_CHANGE = {"DATA", "OUTPUT_DIR", "RESUME", "DEVICE", "AMP", "COMPILE"}  # when a run resumes: they do not define it
-
-
 def checkpoint_path():
     """Return the path of the best weights."""
     return Path(OUTPUT_DIR, f"vae_model_{EPOCHS}.pth")
 
 
 def lock_output():
-    """Return a lock that keeps other runs out of OUTPUT_DIR, or raise UserError; delete what a killed run left."""
+    """Lock OUTPUT_DIR against other runs, or raise UserError; delete a killed run's partial files; return the lock."""
     out = Path(OUTPUT_DIR)
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock").acquire(timeout=0)
     except (Timeout, OSError) as error:
         reason = "another run is using it" if isinstance(error, Timeout) else error.strerror
-        raise UserError(f"{out} cannot be written to ({reason}): name another --output-dir.") from None
+        raise UserError(f"{out} cannot be written to ({reason}): choose another --output-dir.") from None
     for partial in [*out.glob(".*.[0-9]*.tmp"), *out.glob("progress/.*.[0-9]*.tmp")]:
         partial.unlink()
     return lock
 
 
 @contextmanager
-def optional():
-    """Turn an error in the block into a warning: the run can go on without the file."""
+def warn_on_failure():
+    """Turn an error in the block into a warning: the run can continue without the file."""
     try:
         yield
     except (UserError, OSError) as error:
@@ -516,37 +531,42 @@ def back_up():
     if not earlier and not checkpoint_path().exists():
         return
     backup = next(path for number in itertools.count(1) if not (path := out / f"previous-{number}").exists())
-    if checkpoint_path().exists():  # a copy, so that genpic.py works meanwhile
+    print(f"Backup      moved earlier files to {backup}")
+    if checkpoint_path().exists():  # copied, not moved, so that genpic.py keeps working
         with vae.atomic_write(backup / checkpoint_path().name) as file:
             file.write(checkpoint_path().read_bytes())
+        undo = command_line("copy" if os.name == "nt" else "cp", str(backup / checkpoint_path().name), OUTPUT_DIR)
+        print(f"Undo        To restore the previous model later: {undo}")
     backup.mkdir(exist_ok=True)
     for path in earlier:
-        with optional():  # Windows moves no file that a program has open
+        with warn_on_failure():  # Windows cannot move a file that a program has open
             shutil.move(path, backup)
-    print(f"Backup      moved earlier files to {backup}")
 
 
 def save_last(run):
-    """Write last.pth, all that --resume needs, unless a weight is not finite: then the average is not, either."""
+    """Write last.pth, everything that --resume needs; raises UserError if a weight of the average is not finite."""
     position = {name: getattr(run, name) for name in ("epoch", "step", "seconds", "sums", "history")}
     states = [optimizer.state_dict() for optimizer in run.optimizers]
-    state = {"weights": run.model.state_dict(), "optimizers": states, "constants": run.settings, "position": position}
-    vae.save_checkpoint(Path(OUTPUT_DIR, "last.pth"), run.average, format=FORMAT, **state)
+    state = {"optimizers": states, "constants": run.settings, "position": position}
+    vae.save_checkpoint(
+        Path(OUTPUT_DIR, "last.pth"), run.average, format=FORMAT, raw_state_dict=run.model.state_dict(), **state
+    )
 
 
 def resume(run):
-    """Bring a run to the state saved in last.pth; raises UserError if that is of other settings, photos or versions."""
+    """Restore the state of a run from last.pth; raises UserError if its settings, photos or format differ."""
     path = Path(OUTPUT_DIR, "last.pth")
     average, info = vae.load_checkpoint(path)
     if info.get("format") != FORMAT:
-        raise UserError(f"{path} is not the last.pth of a run of this version: start a new one without --resume.")
+        raise UserError(f"{path} was not written by a run of this version: start a new run without --resume.")
     then = info["constants"]
     changes = [name for name in then if name in run.settings.keys() - MAY_CHANGE and then[name] != run.settings[name]]
     if changes:
-        told = "; ".join(f"{name} was {then[name]} and is {run.settings[name]}" for name in sorted(changes))
-        raise UserError(f"The run of {path} can only continue with the same settings and photos: {told}.")
+        told = "; ".join(f"{name} was {then[name]} and is now {run.settings[name]}" for name in sorted(changes))
+        raise UserError(f"The run in {path} can only continue with the same settings and photos: {told}.")
     run.average.load_state_dict(average.state_dict())
-    run.model.load_state_dict(info["weights"])
+    run.average.face_box = average.face_box
+    run.model.load_state_dict(info["raw_state_dict"])
     for optimizer, state in zip(run.optimizers, info["optimizers"], strict=True):
         optimizer.load_state_dict(state)
     vars(run).update(info["position"])
@@ -559,18 +579,18 @@ def save_pictures(run, epoch):
     images = load_images(run.pixels, run.val_set[:8], run.device)
     noise = vae.latent_noise(run.average, 64, SEED)
     with autocast(run.device):
-        reconstructions = run.average.decode(run.average.encode(images)[0])
+        recon = run.average.decode(run.average.encode(images)[0])
         samples = run.average.decode(run.average.draw_latents(noise))
     stem = Path(OUTPUT_DIR, f"progress/epoch_{epoch:02d}")
-    with optional():
-        vae.save_grid(torch.cat([images, reconstructions]), f"{stem}_reconstructions.png", columns=len(images))
+    with warn_on_failure():
+        vae.save_grid(torch.cat([images, recon]), f"{stem}_reconstructions.png", columns=len(images))
         vae.save_grid(samples, f"{stem}_samples.png", columns=8)
 
 
 def save_history(history):
-    """Write the figures of all epochs to history.csv, and draw the losses over the epochs."""
+    """Write the metrics of all epochs to history.csv, and plot the losses over the epochs."""
     lines = [",".join(history[0]), *(",".join(map(str, row.values())) for row in history)]
-    with optional(), vae.atomic_write(Path(OUTPUT_DIR, "history.csv")) as file:
+    with warn_on_failure(), vae.atomic_write(Path(OUTPUT_DIR, "history.csv")) as file:
         file.write("\n".join([*lines, ""]).encode())
     figure = Figure((11, 3.2), layout="constrained")
     labels = ["loss per photo", f"{RECONSTRUCTION} loss", "KL per photo, nats"]
@@ -581,12 +601,12 @@ def save_history(history):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     figure.legend(["training, z drawn", "validation, averaged weights, z = mean"], loc="outside upper center", ncols=2)
-    with optional(), vae.atomic_write(Path(OUTPUT_DIR, "loss_curves.png")) as file:
+    with warn_on_failure(), vae.atomic_write(Path(OUTPUT_DIR, "loss_curves.png")) as file:
         figure.savefig(file, dpi=120)
 
 
 def plot_latents(run, mu, log_var):
-    """Draw validation photos at their codes mu (N, L), on the two principal axes, and the KL of each latent."""
+    """Plot validation photos at their codes mu (N, L) on the first two principal axes, and the KL of each latent."""
     centred = F.pad(mu - mu.mean(0), (0, 1))  # two axes even for a single latent
     variances, directions = torch.linalg.eigh(centred.T @ centred)
     fractions = variances.flip(0) / variances.sum().clamp_min(1e-12)
@@ -604,46 +624,20 @@ def plot_latents(run, mu, log_var):
     kl = kl_divergence(mu, log_var).mean(0).sort(descending=True).values
     right.bar(range(1, len(kl) + 1), kl.numpy())
     active = f"{run.history[-1]['active_units']} of {len(kl)} are active"
-    right.set(xlabel=f"latents, sorted: {active}", ylabel="KL per validation photo, nats")
-    with optional(), vae.atomic_write(Path(OUTPUT_DIR, "latent_space.png")) as file:
+    right.set(xlabel=f"latents, sorted by KL; {active}", ylabel="KL per validation photo, nats")
+    with warn_on_failure(), vae.atomic_write(Path(OUTPUT_DIR, "latent_space.png")) as file:
         figure.savefig(file, dpi=120)
 
 
 # Main
-stop_signals = []  # Ctrl-C or SIGTERM, once it has come
-
-
-@contextmanager
-def stopping_after_the_step():
-    """Within the block, have Ctrl-C and SIGTERM stop the run after the current step; the next one acts immediately."""
-
-    def request_stop(number, frame):
-        stop_signals.append(number)
-        restore_handlers()
-        # print() is not safe in a handler
-        os.write(2, b"\nStopping after this step; press Ctrl-C again to stop immediately.\n")
-
-    def restore_handlers():
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-    stop_signals.clear()
-    handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        restore_handlers()
-
-
 def train(run, flags):
-    """Train to the last epoch, or up to a stop signal; `flags` are those that this run was started with."""
+    """Train until the last epoch or a stop signal; `flags` are the flags that this run was started with."""
     while run.epoch < EPOCHS:
         count = train_epoch(run)
         if rank == 0 and run.epoch == 0 and not RESUME:
             back_up()  # just before this run's first file
         if stop_signals:
             save_last(run)
-            describe_undo()
             script = sys.argv[0] if __name__ == "__main__" else "train.py"
             command = command_line("python", script, *(flag for flag in flags if flag != "--resume"), "--resume")
             print(f"Stopped     in epoch {run.epoch + 1}. To continue: {command}", flush=True)
@@ -652,12 +646,12 @@ def train(run, flags):
             line = finish_epoch(run, count)
         vars(run).update(epoch=run.epoch + 1, step=0, seconds=0.0, sums=[0.0] * 3)
         if rank == 0:
-            save_last(run)  # after all the files that it describes
+            save_last(run)  # last, after the files it describes
             print(line, flush=True)
 
 
 def check_settings():
-    """Raise UserError for a constant with an impossible value."""
+    """Raise UserError for a constant with an invalid value."""
     require(IMAGE_SIZE >= 16, "IMAGE_SIZE", IMAGE_SIZE, "at least 16")
     require(CHANNELS in (1, 3), "CHANNELS", CHANNELS, "3 (colour) or 1 (grey)")
     require(LATENT_DIM >= 1, "LATENT_DIM", LATENT_DIM, "at least 1")
@@ -673,25 +667,25 @@ def check_settings():
     require(0 <= BETA < math.inf, "BETA", BETA, "at least 0")
     require(0 <= KL_WARMUP_EPOCHS <= EPOCHS, "KL_WARMUP_EPOCHS", KL_WARMUP_EPOCHS, f"from 0 to EPOCHS ({EPOCHS})")
     require(SEED >= 0, "SEED", SEED, "at least 0")
-    require(world_size == 1 or ":" not in DEVICE, "DEVICE", DEVICE, '"auto" or "cpu": each process has its own GPU')
+    require(world_size == 1 or ":" not in DEVICE, "DEVICE", DEVICE, '"auto" or "cpu" with torchrun')
     require(COMPILE in ("auto", "yes", "no"), "COMPILE", COMPILE, '"auto", "yes" or "no"')
     out = Path(OUTPUT_DIR).resolve()
     require(Path(DATA).resolve() not in (out, *out.parents), "OUTPUT_DIR", OUTPUT_DIR, "a folder outside DATA")
-    require(CROP != "face" or face_detector(), "CROP", CROP, '"center" as long as faces cannot be found')
+    require(CROP != "face" or face_detector(), "CROP", CROP, '"center" or "LEFT TOP SIZE" unless dlib is installed')
     missing = [name for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if name not in os.environ]
     if world_size > 1 and missing:
         raise UserError(f"WORLD_SIZE is {world_size} but {missing[0]} is not set: start the processes with torchrun.")
     if RESUME and not (out / "last.pth").exists():
-        raise UserError(f"There is no {OUTPUT_DIR}/last.pth to resume: leave out --resume, or name its --output-dir.")
+        raise UserError(f"There is no {OUTPUT_DIR}/last.pth to resume: drop --resume, or set its --output-dir.")
 
 
 def describe_run(run):
     """Print the split, the model, the hardware, and where a resumed run continues."""
     name = torch.cuda.get_device_name() if run.device.type == "cuda" else f"threads: {torch.get_num_threads()}"
     kind = "bfloat16" if precision(run.device) == torch.bfloat16 else "float32"
-    compiled = "not compiled" if run.network is run.model else "compiled"
+    compiled = "compiled" if "orthogonalize" in vars(run.optimizers[0]) else "not compiled"
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    print(f"Split       {len(run.train_set):,} to train on, {len(run.val_set):,} to validate on")
+    print(f"Split       {len(run.train_set):,} training photos, {len(run.val_set):,} validation photos")
     print(f"Model       {IMAGE_SIZE}x{IMAGE_SIZE}x{CHANNELS}, latent {LATENT_DIM}, {parameters:,} parameters")
     if RESUME:
         print(f"Resuming    after {run.epoch} of {EPOCHS} epochs and {run.step} steps of the next")
@@ -705,32 +699,18 @@ def describe_result(run):
     path = checkpoint_path()
     choice = [] if path == Path("checkpoints_best/vae_model_20.pth") else ["--checkpoint", str(path)]
     print(f"Done        The weights of epoch {best['epoch']}, {best['val_psnr']:.2f} dB, are in {path}")
-    latents = f"{best['active_units']} of {LATENT_DIM} active"
-    command = command_line("python", "genpic.py", *choice)
-    if has_collapsed(run.history[-1]):
-        latents = "collapsed"
-        command = "more epochs or photos, or a lower BETA, as all pictures of this model look alike"
+    latents = "collapsed" if has_collapsed(best) else f"{best['active_units']} of {LATENT_DIM} active"
     print(f"Latents     {latents}, {best['val_kl']:.0f} nats of KL divergence")
-    print(f"Next        {command}")
-    describe_undo()
-
-
-def describe_undo():
-    """Print how to restore the checkpoint that the last new run replaced, if there was one."""
-    path = checkpoint_path()
-    replaced = max(Path(OUTPUT_DIR).glob(f"previous-*/{path.name}"), key=os.path.getctime, default=None)
-    if replaced:
-        copy_file = "copy" if os.name == "nt" else "cp"
-        print(f"Undo        To restore the previous model: {command_line(copy_file, str(replaced), str(path))}")
+    print(f"Next        {command_line('python', 'genpic.py', *choice)}")
 
 
 def command_line(*words):
-    """Return words as a line for the shell of this system."""
+    """Return words as a command line, quoted for this system's shell."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def main(argv=()):
-    """Train from the first step, or from where an interrupted run stopped, to the last; `argv` are flags."""
+    """Train a model, or resume an interrupted run; `argv` is a list of flags."""
     with vae.flags(globals(), argv) as (settings, _):
         check_settings()
         reuse_freed_memory()
@@ -739,11 +719,12 @@ def main(argv=()):
             run = new_run(settings, device)
             if RESUME:
                 resume(run)
-            if rank == 0:
+            elif rank == 0:
                 some = run.pixels[run.train_set[:100]].cpu().numpy()
                 run.average.face_box = list(FACE_BOX) if CROP == "face" else median_face_box(some)
+            if rank == 0:
                 describe_run(run)
-            with stopping_after_the_step() if world_size == 1 else nullcontext():  # one rank alone must not stop
+            with stopping_after_the_step() if world_size == 1 else nullcontext():  # a single rank must not stop alone
                 train(run, argv)
             if rank == 0:
                 describe_result(run)

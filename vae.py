@@ -1,4 +1,4 @@
-"""A convolutional variational autoencoder (VAE) for photos of faces, and what train.py and genpic.py share."""
+"""A convolutional variational autoencoder (VAE) for photos of faces, and code shared by train.py and genpic.py."""
 
 import argparse
 import functools
@@ -22,24 +22,24 @@ from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-# The size of the model. A checkpoint stores these four values, and genpic.py takes them from there.
-IMAGE_SIZE: int = 150  # side of the square pictures in pixels, at least 16; training time grows with its square
+# Model size. Checkpoints store these four values, and genpic.py reads them from there.
+IMAGE_SIZE: int = 150  # side of the square pictures in pixels, at least 16; training time grows with the square of it
 CHANNELS: int = 3  # 3 for colour, 1 for grey
-LATENT_DIM: int = 128  # numbers in a latent code; fewer give plainer pictures and smoother interpolations
-HIDDEN_DIMS: list[int] = [32, 64, 128, 256, 512]  # channels of the encoder stages; each stage halves the side
+LATENT_DIM: int = 128  # size of the latent code; a smaller code gives less detail but smoother interpolations
+HIDDEN_DIMS: list[int] = [32, 64, 128, 256, 512]  # channels of each encoder stage; each stage halves the side
 
 
 def square_transform(size):
-    """Return the transform of a PIL image or tensor (..., H, W) to its middle square, scaled to size x size."""
+    """Return a transform that scales a PIL image or tensor (..., H, W) and crops its centre to size x size."""
     return Compose([Resize(size), CenterCrop(size)])
 
 
 celeb_transform1 = square_transform(IMAGE_SIZE)
-celeb_transform = Compose([celeb_transform1, ToTensor()])  # from a PIL image to a tensor (C, H, W) in [0, 1]
+celeb_transform = Compose([celeb_transform1, ToTensor()])  # PIL image -> tensor (C, H, W) in [0, 1]
 
 
 class VAE(nn.Module):
-    """Variational autoencoder (Kingma & Welling 2014, arXiv:1312.6114) of strided convolutions.
+    """Variational autoencoder (Kingma & Welling 2014, arXiv:1312.6114) with strided convolutions.
 
     Images are (B, channels, image_size, image_size) in [0, 1], codes (B, latent_dim). Published checkpoints depend on
     the names in the state dict.
@@ -58,9 +58,9 @@ class VAE(nn.Module):
         self.decoder_input = nn.Linear(latent_dim, math.prod(self.feature_shape))
         self.decoder = nn.Sequential(*map(decoder_stage, up, up[1:]))
         self.final_layer = nn.Sequential(*decoder_stage(up[-1], up[-1]), nn.Conv2d(up[-1], channels, 3, padding=1))
-        self.face_box = None  # left, top and size of the face in its pictures, in fractions of the side, if known
+        self.face_box = None  # left, top and size of the face in its pictures, as fractions of the side, if known
 
-        # The prior that `sample` draws from: N(0, I) until `fit_prior` has seen the codes of photos
+        # The prior that `sample` draws from: N(0, I) until `fit_prior` is called
         self.register_buffer("latent_mean", torch.zeros(latent_dim))
         self.register_buffer("latent_scale", torch.eye(latent_dim))
 
@@ -70,24 +70,24 @@ class VAE(nn.Module):
         return self.fc_mu(features).float(), F.hardtanh(self.fc_var(features).float(), -20, 10)  # keeps exp() finite
 
     def reparameterize(self, mu, log_var):
-        """Draw z ~ N(mu, exp(log_var)), (B, L), as eps * std + mu, so that gradients reach both."""
+        """Draw z ~ N(mu, exp(log_var)), (B, L), as eps * std + mu, so that gradients reach mu and log_var."""
         return torch.randn_like(mu) * torch.exp(0.5 * log_var) + mu
 
     def decode(self, z):
         """Codes (B, L) -> images (B, C, H, W) in [0, 1], in float32."""
         features = self.decoder(self.decoder_input(z).unflatten(1, self.feature_shape))
         logits = self.final_layer(features)
-        with torch.autocast(z.device.type, enabled=False):  # bfloat16 has no number between 0.996 and 1
+        with torch.autocast(z.device.type, enabled=False):  # bfloat16 has no values between 0.996 and 1
             decoded = torch.sigmoid(logits.to(torch.float32, memory_format=torch.contiguous_format))
             return F.interpolate(decoded, self.config["image_size"], mode="bilinear", antialias=True)  # 160 -> 150
 
     def forward(self, x):
-        """Images (B, C, H, W) -> (reconstructions of the same shape, mu (B, L), log_var (B, L)); z is drawn."""
+        """Images (B, C, H, W) -> (reconstructions of the same shape, mu (B, L), log_var (B, L)); z is sampled."""
         mu, log_var = self.encode(x)
         return self.decode(self.reparameterize(mu, log_var)), mu, log_var
 
     def draw_latents(self, eps):
-        """Standard normal noise (B, L) -> codes (B, L) of the prior: latent_mean + latent_scale @ eps."""
+        """Standard normal noise (B, L) -> codes (B, L) from the prior: latent_mean + latent_scale @ eps."""
         return self.latent_mean + eps @ self.latent_scale.T
 
     @torch.no_grad()
@@ -97,10 +97,10 @@ class VAE(nn.Module):
         return self.decode(self.draw_latents(eps))
 
     def fit_prior(self, mu, log_var):
-        """Fit the prior, a Gaussian, to the aggregate posterior, given the codes (N, L) of any number of photos.
+        """Fit the Gaussian prior to the aggregate posterior of N photos, given their codes (N, L).
 
         The mixture of N Gaussians has the covariance Cov(mu) + diag(mean exp(log_var)) (law of total variance); 1e-6
-        on the diagonal keeps it positive definite under rounding. Raises torch.linalg.LinAlgError if it is not.
+        on the diagonal keeps it positive definite under rounding. Raises torch.linalg.LinAlgError if it still is not.
         """
         mu = mu.cpu().double()
         variance = log_var.cpu().double().exp().mean(0)
@@ -112,11 +112,11 @@ class VAE(nn.Module):
 def stage(convolution, inputs, outputs, **options):
     """Return a convolution, BatchNorm and LeakyReLU: (B, inputs, H, W) -> (B, outputs, ...).
 
-    nn.Conv2d halves the sides and rounds up, nn.ConvTranspose2d with output_padding=1 doubles them.
+    nn.Conv2d halves the sides, rounding up; nn.ConvTranspose2d with output_padding=1 doubles them.
     """
     layer = convolution(inputs, outputs, kernel_size=3, stride=2, padding=1, **options)
-    layer.bias.requires_grad_(False)  # BatchNorm subtracts it: its gradient is zero, but slow to compute
-    norm = nn.BatchNorm2d(outputs, momentum=0.3)  # with less, its running statistics lag behind Muon's large steps
+    layer.bias.requires_grad_(False)  # BatchNorm cancels it: its gradient is zero but still takes time to compute
+    norm = nn.BatchNorm2d(outputs, momentum=0.3)  # a lower one lets the statistics lag behind Muon's large steps
     return nn.Sequential(layer, norm, nn.LeakyReLU(inplace=True))
 
 
@@ -127,24 +127,24 @@ def psnr(squared_error, count):
 
 # Checkpoints
 def save_checkpoint(path, model, half=False, **info):
-    """Write a model and `info` (tensors and plain Python types); `half` stores the parameters in 16 bits.
+    """Save a model and `info` (tensors and plain Python types); `half` stores the parameters in 16 bits.
 
-    Raises UserError if a weight is not finite or the file cannot be written; an existing file then stays.
+    Raises UserError if a weight is not finite or the file cannot be written; an existing file is then left unchanged.
     """
     state_dict = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     if half:
         state_dict |= {name: state_dict[name].half() for name, _ in model.named_parameters()}
     for name, tensor in state_dict.items():
         if not tensor.isfinite().all():
-            raise UserError(f"{path} is not written: {name} is no longer finite (was LEARNING_RATE too high?).")
-    buffer = io.BytesIO()  # on a full disk torch.save itself raises all kinds of errors
-    torch.save({"config": model.config, "state_dict": state_dict, **info}, buffer)
+            raise UserError(f"{path} was not written: {name} is no longer finite (is LEARNING_RATE too high?).")
+    buffer = io.BytesIO()  # if the disk is full, torch.save itself raises all kinds of errors
+    torch.save({"config": model.config, "state_dict": state_dict, "face_box": model.face_box, **info}, buffer)
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path, device="cpu"):
-    """Return the model, in eval mode on `device`, and the info that save_checkpoint wrote to a file.
+    """Load a checkpoint; return the model, in eval mode on `device`, and the info saved with it.
 
     Older checkpoints are a bare state dict or a pickled `vae.VAE`, of the size that the constants above give; they have
     no info, and the prior N(0, I). No code in a file is ever run. Raises UserError if it is missing or not valid.
@@ -155,7 +155,7 @@ def load_checkpoint(path, device="cpu"):
             content = content.state_dict()
         info = dict(content) if "state_dict" in content else {"state_dict": content}
         state_dict = dict(info.pop("state_dict"))
-        with torch.device("meta"):  # takes no memory and no random numbers: the file's tensors become the weights
+        with torch.device("meta"):  # allocates nothing, draws no random numbers: the file's tensors become the weights
             model = VAE(**info.pop("config", {}))
         state_dict.setdefault("latent_mean", torch.zeros(model.config["latent_dim"]))
         state_dict.setdefault("latent_scale", torch.eye(model.config["latent_dim"]))
@@ -164,46 +164,46 @@ def load_checkpoint(path, device="cpu"):
             case None | [float(), float(), float()] as box if not box or (sum(map(abs, box)) < 4 and box[2] > 0.01):
                 model.face_box = box
             case other:
-                raise ValueError(f"its face_box is {other!r}")
+                raise ValueError(f"invalid face_box {other!r}")
         if not all(tensor.isfinite().all() for tensor in state_dict.values()):
             raise ValueError("a weight is not finite")
-    except Exception as error:  # a file may hold anything instead of weights
+    except Exception as error:  # the file may contain anything
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} does not hold the weights of a VAE of its config or of vae.py ({reason}).") from None
+        raise UserError(f"{path} does not contain VAE weights that match its config or vae.py ({reason}).") from None
     return model.float().to(device).eval(), info
 
 
 def read_checkpoint(path):
-    """Return what torch.save wrote to a file: tensors, plain types and modules; raises UserError for anything else."""
+    """Return the contents of a torch.save file: tensors, plain types, modules; raises UserError for anything else."""
     if not Path(path).is_file():
-        raise UserError(f"There is no checkpoint {path}: `python train.py` makes one, --checkpoint names another.")
+        raise UserError(f"There is no checkpoint {path}: train one with `python train.py`, or set --checkpoint.")
     layers = (nn.Sequential, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.LeakyReLU, nn.Linear, nn.Sigmoid)
-    shells = [(nn.Module, f"{layer.__module__}.{layer.__name__}") for layer in layers]  # their weights, no methods
+    shells = [(nn.Module, f"{layer.__module__}.{layer.__name__}") for layer in layers]  # loads weights without methods
     try:
-        if zipfile.is_zipfile(path):  # torch.load ignores checksums, and invents the contents of folders
+        if zipfile.is_zipfile(path):  # torch.load ignores checksums and makes up contents for folders
             archive = zipfile.ZipFile(path)
             if archive.testzip() or any(entry.external_attr & 16 for entry in archive.infolist()):
                 raise ValueError
         with torch.serialization.safe_globals([(nn.Module, "vae.VAE"), *shells]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # zipfile and the unpickler raise all kinds of errors for a broken file
-        raise UserError(f"{path} is damaged, or no checkpoint of tensors and plain Python types.") from None
+        raise UserError(f"{path} is damaged or is not a checkpoint of tensors and plain Python types.") from None
 
 
-# Pictures
+# Pictures and files
 def to_picture(image):
     """Image (C, H, W) in [0, 1] -> PIL image, grey if C is 1."""
     return to_pil_image((image * 255).round().byte())
 
 
 def save_grid(images, path, columns):
-    """Save images (B, C, H, W) in [0, 1] as one picture, 2 pixels apart; raises UserError if it cannot be written."""
+    """Save images (B, C, H, W) in [0, 1] as a grid with 2-pixel gaps; raises UserError if it cannot be written."""
     grid = make_grid(images.cpu(), nrow=columns, padding=2, pad_value=1)
     save_picture(to_picture(grid[: images.shape[1]]), path)  # make_grid turns one channel into three
 
 
 def save_picture(picture, path, **options):
-    """Save a PIL image in the format of the path's ending; raises UserError if it is too large or cannot be written."""
+    """Save a PIL image in the format of the path's extension; raises UserError if it is too large or not writable."""
     with atomic_write(path) as file:
         try:
             picture.save(file, Image.registered_extensions()[Path(path).suffix.lower()], quality=95, **options)
@@ -212,7 +212,7 @@ def save_picture(picture, path, **options):
 
 
 def latent_noise(model, count, seed):
-    """Return noise (count, L) of N(0, I) for a VAE, the same on all devices; a larger count only adds rows."""
+    """Return N(0, I) noise (count, L) for a VAE, the same on all devices; a larger count only adds rows."""
     noise = np.random.default_rng(seed).standard_normal((count, model.config["latent_dim"]), dtype=np.float32)
     return torch.from_numpy(noise).to(model.latent_mean.device)
 
@@ -227,16 +227,17 @@ def atomic_write(path):
         with open(partial, "w+b") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the name without the contents
+            os.fsync(file.fileno())  # otherwise a power failure could leave an empty file
         os.replace(partial, path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}).") from None
+        reason = (error.strerror or str(error)).strip().rpartition("\n")[2]  # worker processes send tracebacks
+        raise UserError(f"{path} cannot be written ({reason}).") from None
     finally:
         with suppress(OSError):
             partial.unlink()
 
 
-# Scripts: errors as sentences, constants as flags, the device
+# Scripts: error messages, flags, device
 FLAG_KINDS = {
     str: {"type": os.path.expanduser},
     bool: {"action": argparse.BooleanOptionalAction},
@@ -245,41 +246,38 @@ FLAG_KINDS = {
 
 
 class UserError(ValueError):
-    """A sentence for the user: what is wrong and what to do about it."""
+    """A one-line error message for the user: what is wrong and how to fix it."""
 
 
-def require(holds, name, value, wanted):
-    """Raise UserError unless the constant `name` may have this value."""
-    if not holds:
+def require(valid, name, value, wanted):
+    """Raise UserError, saying what the constant `name` must be, unless its value is valid."""
+    if not valid:
         raise UserError(f"{name} is {value!r}: it must be {wanted}.")
 
 
 def run_script(main):
-    """Call main with the flags of the command line; a UserError becomes one line and exit code 1."""
+    """Call main with the command-line flags; print a UserError as one line and exit with code 1."""
     name = Path(sys.argv[0]).name
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal cannot show
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may contain characters that the terminal cannot show
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        rank = int(os.environ.get("RANK", 0))
-        time.sleep(10 if rank else 0)  # torchrun ends all processes when one ends, and rank 0 has to report first
-        sys.exit(1 if rank else f"{name}: {error}")
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)  # rank 0 reports what all ranks run into, as torchrun then ends the others
+        sys.exit(f"{name}: {error}")
     except torch.OutOfMemoryError:
-        sys.exit(f"{name}: The GPU has too little memory: lower BATCH_SIZE or IMAGE_SIZE, or use --device cpu.")
+        sys.exit(f"{name}: The GPU is out of memory: lower BATCH_SIZE or IMAGE_SIZE, or use --device cpu.")
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader has left, as in `python train.py | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush would fail
+    except BrokenPipeError:  # the reader closed the pipe, as in `python train.py | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the final flush would fail
         sys.exit(1)
 
 
 @contextmanager
 def flags(constants, argv):
-    """Within the block, set a script's annotated `constants`, its globals(), from the flags in `argv`.
-
-    Yields all of them, {name: value}, and those that `argv` gives. The comment beside a constant is its flag's help.
-    """
+    """Within the block, set a script's annotated `constants`, its globals(), by `argv`; yield all, and those given."""
     modules = [sys.modules[__name__], sys.modules[constants["__name__"]]]
     source = "\n".join(map(inspect.getsource, modules))
     comments = dict(re.findall(r"^([A-Z_0-9]+)\b.*?=.*?#\s*(.*)$", source, re.MULTILINE))
@@ -301,10 +299,10 @@ def flags(constants, argv):
 
 
 def pick_device(name):
-    """Return the torch.device `name`; "auto" is CUDA if available, else the CPU. Raises UserError if it fails."""
+    """Return the torch.device `name`; "auto" is CUDA if available, else the CPU. Raises UserError if it is missing."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
-        raise UserError(f'DEVICE is {name!r}, which does not work here; "auto" always does.') from None
+        raise UserError(f'DEVICE is {name!r}, which is not available on this machine; "auto" always works.') from None

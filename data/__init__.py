@@ -1,1 +1,1 @@
-"""How photos are found, read, cut around a face and cached. The photos are in the folders beside this file."""
+"""Code that finds, reads, crops and caches photos."""

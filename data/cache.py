@@ -16,38 +16,38 @@ from tqdm import tqdm
 from data.faces import read_square
 from vae import UserError, atomic_write
 
-DECODING = 1  # version of the code that decodes photos: raise it when that changes pixels, so that old caches retire
+DECODING = 1  # version of the decoding code: increase it when the pixels change, so that old caches are not used
 
 
 def cached(photos, cut, workers):
-    """Return the path of the cache of some Photos; decode them first if there is none, in so many worker processes.
+    """Return the path of the cache of `photos`; if there is none, decode them first in `workers` processes.
 
-    `cut` holds the arguments of read_square: channels, size, crop and face_box. Unusable photos are listed and left
-    out. Raises UserError if none can be used or the file cannot be written. Of several ranks, rank 0 decodes.
+    `cut` contains the arguments of read_square: channels, size, crop and face_box. Unusable photos are listed and
+    skipped. Raises UserError if none can be used or the file cannot be written. With several ranks, rank 0 decodes.
     """
     path = None
     if not distributed.is_initialized() or distributed.get_rank() == 0:
         path = cache_path(photos, cut)
         if not path.exists():
-            decode_photos(photos, path, cut, workers if len(photos) > 256 else 0)  # few photos end before workers start
+            decode_photos(photos, path, cut, workers if len(photos) > 256 else 0)  # workers start too slowly for a few
     return share_with_ranks(path)
 
 
 def share_with_ranks(path):
-    """Return the path that rank 0 has, once it has it, to all ranks."""
+    """Return rank 0's path on all ranks, which wait for it."""
     paths = [path]
-    if distributed.is_initialized():  # the other ranks wait, however long decoding takes
+    if distributed.is_initialized():  # decoding may take longer than the default timeout
         patient = distributed.new_group(backend="gloo", timeout=timedelta(days=1))
         distributed.broadcast_object_list(paths, group=patient)
     return paths[0]
 
 
 def cache_path(photos, cut):
-    """Return the path of a cache: it depends on the photos' names, sizes and times, and on how they are cut."""
+    """Return the path of a cache, which depends on the photos' names, sizes and times and on how they are cropped."""
     digest = hashlib.sha256(f"{DECODING} {sorted(cut.items())}".encode())
-    folder = os.path.commonpath([photo.path for photo in photos])  # wherever it is
+    folder = os.path.commonpath([photo.path for photo in photos])  # its location does not matter
     for photo in photos:
-        stat = photo.path.stat() if photo.path.exists() else photo.path.lstat()  # of a broken link
+        stat = photo.path.stat() if photo.path.exists() else photo.path.lstat()  # for a broken link
         name = os.fsencode(photo.path.relative_to(folder))
         digest.update(name + f"/{photo.member}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
     shape = f"{cut['size']}x{cut['size']}x{cut['channels']}"
@@ -55,7 +55,7 @@ def cache_path(photos, cut):
 
 
 def decode_photos(photos, path, cut, workers):
-    """Decode Photos into a file of uint8 (N, H, W, C), in so many worker processes (0: in this one)."""
+    """Decode Photos into a file of uint8 (N, H, W, C), with `workers` worker processes (0: in this process)."""
     batches = DataLoader(photos, 16, num_workers=workers, collate_fn=functools.partial(decode_batch, cut=cut))
     with atomic_write(path) as file:
         for rows, errors in tqdm(batches, "Reading photos", unit="photo", unit_scale=16, leave=False, disable=None):
@@ -67,7 +67,7 @@ def decode_photos(photos, path, cut, workers):
 
 
 def decode_batch(photos, cut):
-    """Return some Photos as bytes, rows of uint8 (H, W, C), and a sentence for each one that cannot be used."""
+    """Return Photos as bytes, rows of uint8 (H, W, C), and an error message for each one that cannot be used."""
     rows = []
     errors = []
     for photo in photos:
@@ -82,10 +82,10 @@ def decode_batch(photos, cut):
 
 
 def load_pixels(photos, cut, workers, device):
-    """Return Photos as uint8 (N, H, W, C), decoded once: on the GPU if they fit there, else mapped from the cache."""
+    """Return Photos as uint8 (N, H, W, C), decoded once: on the GPU if they fit, else memory-mapped from the cache."""
     path = cached(photos, cut, workers)
     rows = np.memmap(path, np.uint8, "r").reshape(-1, cut["size"], cut["size"], cut["channels"])
-    if photos:  # as only rank 0 has them
+    if photos:  # only rank 0 has them
         size = f"{rows.nbytes / 1e6:,.0f} MB"
         print(f"Photos      {len(rows):,} of {len(photos):,} can be used, cached in {path} ({size})")
     with warnings.catch_warnings(action="ignore"):  # silence the read-only warning

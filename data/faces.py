@@ -1,4 +1,7 @@
-"""Find faces, and cut photos to the square around one. All boxes and squares are left, top and size in pixels."""
+"""Find faces, and crop photos to the square around one, or to another square.
+
+Boxes and squares are left, top and size in pixels; only a face_box is in fractions of a picture's side.
+"""
 
 import functools
 import math
@@ -15,15 +18,15 @@ from vae import UserError, require, square_transform
 class Face(typing.NamedTuple):
     """The largest face in a photo."""
 
-    box: list[float]  # what the detector found
-    square: list[int]  # what is cut, with the face at its place
-    count: int  # faces in the photo
+    box: list[float]  # as found by the detector
+    square: list[int]  # the crop that puts the face in the right place
+    count: int  # number of faces in the photo
 
     def __str__(self):
         left, top, size = self.box
         place = f"at ({left:.0f}, {top:.0f}), {size:.0f} pixels wide"
         several = ", the largest of several" if self.count > 1 else ""
-        small = ", so small that it will be blurred" if size < 40 else ""
+        small = ", so small that the result will be blurry" if size < 40 else ""
         return f"{place}{several}{small}: cropped to it ({' '.join(map(str, self.square))})"
 
 
@@ -34,7 +37,7 @@ def face_detector():
     try:
         import dlib
     except ImportError as error:
-        print(f"Faces cannot be found ({error}): `pip install dlib-bin` installs what is missing.")
+        print(f"Faces cannot be found ({error}): install the detector with `pip install dlib-bin`.")
         return None
     return dlib.get_frontal_face_detector()
 
@@ -50,7 +53,7 @@ def detect_faces(grey, scale):
 def find_faces(image):
     """Return the boxes of the upright frontal faces in a PIL image, largest first."""
     grey = image.convert("L")
-    for scale in sorted({min(4, side / max(image.size)) for side in (400, 800, 1600)}):  # large faces show in the first
+    for scale in sorted({min(4, side / max(image.size)) for side in (400, 800, 1600)}):  # finds large faces first
         boxes = [measure_face(grey, box) for box in detect_faces(grey, scale)]
         faces = [box for box in boxes if box is not None]
         if faces:
@@ -59,9 +62,9 @@ def find_faces(image):
 
 
 def measure_face(grey, box):
-    """Return the average box of a face over five scaled copies, or None if fewer than three of them show the face.
+    """Return the average box of a face over five scaled copies, or None if it is found in fewer than three of them.
 
-    The detector knows only sizes that are 20 % apart; the scales of the copies divide such a step evenly.
+    The detector only distinguishes sizes that are 20% apart; the scales of the copies divide that step evenly.
     """
     left, top, size = map(round, box)
     margin = round(0.75 * size)
@@ -72,7 +75,7 @@ def measure_face(grey, box):
 
 
 def median_face_box(pictures):
-    """Return the median box of the faces in square pictures, uint8 (N, S, S, C), in fractions of the side.
+    """Return the median box of the faces in square pictures, uint8 (N, S, S, C), as fractions of the side.
 
     Returns None if fewer than half of the pictures show a face.
     """
@@ -86,9 +89,9 @@ def median_face_box(pictures):
 
 # The square
 def crop_to_face(image, face_box):
-    """Cut a PIL image to the square that has its largest face at `face_box`; return the square and the Face.
+    """Crop a PIL image to the square that puts its largest face at `face_box`; return the square and the Face.
 
-    `face_box` is left, top and size in fractions of the side. Without a face, returns the whole image and None.
+    `face_box` is left, top and size as fractions of the side. If no face is found, returns the full image and None.
     """
     faces = find_faces(image)
     if not faces:
@@ -101,16 +104,16 @@ def crop_to_face(image, face_box):
 
 def check_crop(crop):
     """Raise UserError unless `crop` is a valid value of CROP."""
-    holds = crop in ("face", "center") or re.fullmatch(r"\d+ +\d+ +[1-9]\d*", crop)
-    wanted = '"face", "center", or left, top and size in pixels of a square in the photo, as in "140 90 320"'
-    require(holds, "CROP", crop, wanted)
+    valid = crop in ("face", "center") or re.fullmatch(r"\d+ +\d+ +[1-9]\d*", crop)
+    wanted = '"face", "center", or left, top and size of a square in pixels, such as "140 90 320"'
+    require(valid, "CROP", crop, wanted)
 
 
 def read_square(photo, channels, size, crop="center", face_box=None):
-    """Read a Photo or path and cut it as CROP says; return a PIL image (size x size) and its Face, or None.
+    """Read a Photo or path and crop it as `crop` says; return a PIL image (size x size) and its Face, if any.
 
-    "face" without a face, or without a `face_box`, takes the middle square. Raises UserError if the photo cannot be
-    read or the square does not fit into it.
+    Without a face or a `face_box`, "face" uses the center square. Raises UserError if the photo cannot be read or the
+    square extends beyond it.
     """
     by_face = crop == "face" and face_box
     by_square = crop not in ("face", "center")
@@ -121,6 +124,6 @@ def read_square(photo, channels, size, crop="center", face_box=None):
     if by_square:
         left, top, side = map(int, crop.split())
         if left + side > image.width or top + side > image.height:
-            raise UserError(f"CROP {crop} reaches beyond {photo}, which has {image.width} x {image.height} pixels.")
+            raise UserError(f"CROP {crop} extends beyond {photo}, which is {image.width} x {image.height} pixels.")
         image = crop_square(image, left, top, side)
     return square_transform(size)(image), face

@@ -19,7 +19,7 @@ SUFFIXES = set(".jpg .jpeg .png .webp .avif .gif .bmp .tif .tiff .ppm .pgm .heic
 
 
 class Photo(typing.NamedTuple):
-    """Where a photo is: a file, or a name in a .zip archive, or a row of a .npy array."""
+    """Location of a photo: a file, a name in a .zip archive, or a row of a .npy array."""
 
     path: Path
     member: str | int | None = None
@@ -30,7 +30,7 @@ class Photo(typing.NamedTuple):
 
 # Finding
 def find_photos(place):
-    """Return the Photos in a file, .zip or .npy, or in a folder with its subfolders and .zips; skip hidden files.
+    """Return the Photos in a file, .zip, .npy or folder (with its subfolders and .zips); skip hidden files.
 
     Raises UserError if an archive or array is broken.
     """
@@ -44,7 +44,7 @@ def find_photos(place):
 
 
 def find_training_photos(place):
-    """Return the Photos at a place, or those in data/demo while data/train is empty; raises UserError if none."""
+    """Return the Photos at `place`, or those in data/demo if data/train is empty; raises UserError if none."""
     place = Path(place)
     demo = Path("data/demo")
     if place == Path("data/train") and not list(place.glob("[!.]*")) and demo.exists():
@@ -52,26 +52,26 @@ def find_training_photos(place):
         place = demo
     photos = find_photos(place) if place.exists() else []
     if not photos:
-        state = "holds no photos" if place.exists() else "does not exist"
+        state = "contains no photos" if place.exists() else "does not exist"
         raise UserError(
-            f"DATA {place.absolute()} {state}: put photos into data/train, or name a folder, .zip or .npy with --data. "
-            "CelebA's img_align_celeba.zip, from mmlab.ie.cuhk.edu.hk/projects/CelebA.html, works as it is."
+            f"DATA {place.absolute()} {state}: put photos in data/train, or set --data to a folder, .zip or .npy. "
+            "CelebA's img_align_celeba.zip, from mmlab.ie.cuhk.edu.hk/projects/CelebA.html, works as is."
         )
     return photos
 
 
 def report_skipped(error):
-    """Print an error that costs a file or folder, but not the run."""
+    """Print an error that skips a file or folder but does not end the run."""
     print(f"Skipped     {error}")
 
 
 def has_suffix(name, suffixes):
-    """Whether a file has one of the suffixes, in upper or lower case, and is not hidden."""
+    """Return whether a file has one of the suffixes, ignoring case, and is not hidden."""
     return Path(name).suffix.lower() in suffixes and not Path(name).name.startswith(".")
 
 
 def photos_in(path):
-    """Return the Photos in an archive or array, or the file itself as one."""
+    """Return the Photos in an archive or array, or the file itself as a single Photo."""
     if not has_suffix(path, {".zip", ".npy"}):
         return [Photo(path)]
     container = open_container(path, os.getpid())
@@ -83,15 +83,15 @@ def photos_in(path):
 # Opening
 @functools.lru_cache(maxsize=8)
 def open_container(path, process):
-    """Return the ZipFile or memory-mapped array at `path`, opened once in each process; raises UserError if broken."""
+    """Return the ZipFile or memory-mapped array at `path`, opened once per `process` id; raises UserError if broken."""
     try:
         if path.suffix.lower() == ".zip":
             return zipfile.ZipFile(path)
         array = np.lib.format.open_memmap(path, "r")  # never unpickles
-        is_photos = array.shape[3:] in [(1,), (3,)] or (array.ndim == 3 and array.shape[2] > 3)  # else one photo
+        is_photos = array.shape[3:] in [(1,), (3,)] or (array.ndim == 3 and array.shape[2] > 3)  # else it is one photo
         in_range = array.dtype == np.uint8 or (array.dtype.kind == "f" and 0 <= array.min() <= array.max() <= 1)
         if not is_photos or not in_range:
-            raise ValueError(f"it holds {array.dtype} of shape {array.shape}, not uint8 or [0, 1], (N, H, W, 1 or 3)")
+            raise ValueError(f"it has {array.dtype} of shape {array.shape}, not uint8 or [0, 1], (N, H, W, 1 or 3)")
         return array
     except Exception as error:  # zipfile and NumPy raise all kinds of errors for a broken file
         reraise_shortage(error)
@@ -99,7 +99,7 @@ def open_container(path, process):
 
 
 def reraise_shortage(error):
-    """Raise an error again if memory or file handles ran out: then the file is not to blame."""
+    """Re-raise an error if memory or file handles ran out, because then the file is not to blame."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         raise error
 
@@ -119,13 +119,13 @@ def open_photo(photo):
 def read_image(photo, channels=3, size=None):
     """Read a Photo or path upright, as an RGB (3 channels) or grey (1) PIL image; transparent areas become white.
 
-    A JPEG is decoded only as large as scaling it to `size` pixels needs. Raises UserError if it cannot be read.
+    A JPEG is decoded only as large as needed to scale it to `size` pixels. Raises UserError if it cannot be read.
     """
     photo = photo if isinstance(photo, Photo) else Photo(Path(photo))
     try:
         with warnings.catch_warnings(action="ignore"), open_photo(photo) as image:
-            if max(image.size) > 100 * min(image.size):  # scaling its middle square would take gigabytes
-                raise ValueError(f"{image.width} x {image.height} pixels are no photo")
+            if max(image.size) > 100 * min(image.size):  # scaling it to a square would take gigabytes
+                raise ValueError(f"{image.width} x {image.height} pixels is too elongated for a photo")
             if size:
                 image.draft(None, (4 * size, 4 * size))
             return convert(ImageOps.exif_transpose(image), channels)
@@ -133,12 +133,12 @@ def read_image(photo, channels=3, size=None):
         reraise_shortage(error)
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, UnidentifiedImageError):
-            reason = "no picture in a known format: save it as JPEG"
+            reason = "not a picture in a known format: save it as JPEG"
         raise UserError(f"{photo} cannot be read as an image ({reason}).") from None
 
 
 def convert(image, channels):
-    """Return a PIL image of any mode in 8 bits, as RGB (3 channels) or grey (1); transparent areas become white."""
+    """Convert a PIL image of any mode to 8-bit RGB (3 channels) or grey (1); transparent areas become white."""
     if image.mode.startswith("I") and np.asarray(image).max() > 255:  # 16 bits, which Pillow's convert() would clip
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.has_transparency_data:
@@ -147,9 +147,9 @@ def convert(image, channels):
     return image.convert("RGB" if channels == 3 else "L")
 
 
-# Cutting
+# Cropping
 def crop_square(image, left, top, size):
-    """Cut a square out of a PIL image, in pixels; beyond the edges of the image, its edge pixels are repeated."""
+    """Crop a square, in pixels, from a PIL image; beyond the image's edges, its edge pixels are repeated."""
     inside = (max(left, 0), max(top, 0), min(left + size, image.width), min(top + size, image.height))
     outside = [inside[0] - left, inside[1] - top, left + size - inside[2], top + size - inside[3]]
     return pad(image.crop(inside), outside, padding_mode="edge")

@@ -1,18 +1,19 @@
-"""How fast the scripts are on this machine, beside the training loop that people write first.
+"""Measure how fast the scripts are on this machine, compared with a naive training loop.
 
     python tests/benchmark.py                       # on drawn faces
     python tests/benchmark.py --photos FOLDER       # on photos; every constant below is a flag
-    python tests/benchmark.py --quality             # time to a good picture
+    python tests/benchmark.py --quality             # time to reach a given quality
     python tests/benchmark.py --peers               # also pythae and Lightning (pip install both): 10 minutes
 
-"plain" is float32 in PyTorch's own memory layout, batches of 16, every JPEG decoded in the loop in every epoch, Adam at
-a constant 1e-3, squared error + 0.132 KL (at 150 pixels), and loss.item() after every step. "ours" are the functions of
-train.py. The peers have plain's batches, optimizer and precision, but photos in memory, and pythae a loss of its own.
-All train the VAE of vae.py, each in a process of its own. They work in turns, each from cold caches, and figures are
-medians of all rounds after the first.
+"plain" uses float32, PyTorch's default memory layout, batches of 16 and Adam with a constant learning rate of 1e-3. Its
+loss is squared error + 0.132 KL (at 150 pixels). It decodes every JPEG again in every epoch and calls loss.item() after
+every step. "ours" uses the functions of train.py. The peers use plain's batches, optimizer and precision but keep the
+photos in memory, and pythae uses its own loss. All train the VAE of vae.py, each in its own process. They take turns,
+each starting with cold caches, and the results are medians of all rounds after the first.
 
---quality runs plain and train.py once each and prints the seconds until the validation PSNR of train.py is what plain
-has after EPOCHS epochs, with validation; those of train.py include the start of Python, decoding and all pictures.
+--quality runs plain and train.py once each and prints how many seconds each takes to reach the validation PSNR that
+plain has after EPOCHS epochs. Both times include validation; train.py's also includes starting Python, decoding and
+drawing all pictures.
 """
 
 import math
@@ -33,7 +34,6 @@ from faces import draw_face
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import Compose, ToTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -45,36 +45,35 @@ from data.cache import decode_photos
 from data.photos import find_photos
 from vae import HIDDEN_DIMS, IMAGE_SIZE, UserError, require
 
-QUALITY: bool = False  # measure the time to a good picture instead
+QUALITY: bool = False  # measure the time to reach plain's final quality instead
 PEERS: bool = False  # measure pythae and Lightning, too
-PHOTOS: str = ""  # folder of photos; without one, faces are drawn
-COUNT: int = 512  # photos in an epoch of ours; raise it to 20480 on a GPU, where these are over in no time
+PHOTOS: str = ""  # folder of photos; if empty, faces are drawn
+COUNT: int = 512  # photos per epoch of ours; raise it to 20480 on a GPU, where 512 are too few to measure
 CACHED: int = 12_000  # photos that are decoded into the cache
-BATCH_SIZE: int = 32  # photos in a step of ours; raise it to 256 on a GPU
-MATRIX: int = 2048  # side of the matrices that are multiplied; raise it to 8192 on a GPU
+BATCH_SIZE: int = 32  # photos per step of ours; raise it to 256 on a GPU
 COMPILE: str = "auto"  # as in train.py
 DEVICE: str = "auto"  # "auto", "cuda" or "cpu"
-ROUNDS: int = 7  # repetitions after the first, which alone counts if there are none
-EPOCHS: int = 5  # of QUALITY: those of plain
+ROUNDS: int = 7  # rounds after the first; with 0, the first one counts
+EPOCHS: int = 5  # epochs of plain with QUALITY
 
 
-# Processes that work in turns
+# Processes that take turns
 def serve(pipe, rounds, settings):
-    """Answer every request with what the generator `rounds` yields next; an error is printed and ends the process."""
-    sys.stdout = sys.stderr  # what train.py prints is not part of the result
+    """Answer each request with the next result of the generator `rounds`; print an error and end the process."""
+    sys.stdout = sys.stderr  # keeps train.py's output out of the results
     globals().update(settings)
     vars(train).update(settings)
-    with suppress(EOFError, KeyboardInterrupt):  # the asker is gone, or tells
+    with suppress(EOFError, KeyboardInterrupt):  # the parent process has ended, or Ctrl-C was pressed
         pipe.recv()
         for figures in rounds():
             resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
-            memory = torch.cuda.max_memory_allocated() or resident  # 0 unless it computes there
+            memory = torch.cuda.max_memory_allocated() or resident  # the GPU's is 0 if it is not used
             pipe.send(figures | {f"{rounds.__name__}, peak memory, MB": memory / 1e6})
             pipe.recv()
 
 
 def worker(rounds, settings):
-    """Yield the figures of the generator `rounds`, which works in a process of its own."""
+    """Yield the results of the generator `rounds`, which runs in its own process."""
     context = get_context("spawn")
     here, there = context.Pipe()
     context.Process(target=serve, args=(there, rounds, settings), daemon=True).start()
@@ -84,18 +83,18 @@ def worker(rounds, settings):
             here.send("next")
             yield here.recv()
         except (EOFError, OSError):
-            raise UserError(f"The process that measures `{rounds.__name__}` has failed, see above.") from None
+            raise UserError(f"The process that measures `{rounds.__name__}` failed; see the error above.") from None
 
 
 def in_turns(*parts):
-    """Ask all generators for figures {name: number}, ROUNDS + 1 times; return medians of the rounds after the first."""
+    """Collect results {name: number} from all generators, ROUNDS + 1 times; return medians, without the first round."""
     turns = zip(range(ROUNDS + 1), *parts, strict=False)
     rounds = [{name: figure for part in turn for name, figure in part.items()} for _, *turn in turns]
     return {name: statistics.median(figures[name] for figures in rounds[min(1, ROUNDS) :]) for name in rounds[0]}
 
 
 def seconds(function, *arguments):
-    """Call a function and return how long it took, the work of the GPU included."""
+    """Call a function and return how many seconds it took, including GPU work."""
     start = time.perf_counter()
     function(*arguments)
     if torch.cuda.is_available():
@@ -103,12 +102,12 @@ def seconds(function, *arguments):
     return time.perf_counter() - start
 
 
-# What is measured, and on what
+# Data and measurements
 def put_photos(folder):
-    """Put photos into folders in `folder`: links to those of PHOTOS, over again if need be, or to drawn faces."""
+    """Fill subfolders of `folder` with links to the photos in PHOTOS, or to drawn faces, repeated as needed."""
     sources = [photo.path.absolute() for photo in find_photos(PHOTOS) if photo.member is None] if PHOTOS else []
     require(Path(PHOTOS).is_dir() and (sources or not PHOTOS), "PHOTOS", PHOTOS, "a folder with photos")
-    require(not QUALITY or len(sources or range(2048)) >= COUNT, "COUNT", COUNT, "at most the number of the photos")
+    require(not QUALITY or len(sources or range(2048)) >= COUNT, "COUNT", COUNT, "at most the number of photos")
     for seed in range(0 if PHOTOS else min(COUNT, 2048)):
         sources.append(folder / f"{seed}.jpg")
         draw_face(seed, size=(178, 218)).save(sources[-1], quality=95)
@@ -119,7 +118,7 @@ def put_photos(folder):
 
 
 def new_vae():
-    """Return the VAE of vae.py in PyTorch's own memory layout, and with its momentum of BatchNorm, which suits Adam."""
+    """Return the VAE of vae.py with PyTorch's default memory layout and BatchNorm momentum (which suits Adam)."""
     model = vae.VAE(IMAGE_SIZE, hidden_dims=HIDDEN_DIMS)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -128,19 +127,19 @@ def new_vae():
 
 
 def decode(photos):
-    """Decode Photos into images (B, 3, H, W), as people write it first."""
+    """Decode Photos into images (B, 3, H, W)in the simplest way."""
     transform = Compose([vae.square_transform(IMAGE_SIZE), ToTensor()])
     return torch.stack([transform(Image.open(photo.path).convert("RGB")) for photo in photos])
 
 
 def plain_loss(model, images):
-    """Return the loss of images (B, C, H, W), as a mean over their values."""
+    """Return the loss of images (B, C, H, W), averaged over their values."""
     recon, mu, log_var = model(images)
     return nn.functional.mse_loss(recon, images) + 0.00025 * train.kl_divergence(mu, log_var).mean()
 
 
 def plain_epoch(model, optimizer, batches):
-    """Train a model on batches of Photos, in the loop that people write first."""
+    """Train a model on batches of Photos with a naive loop."""
     for photos in batches:
         loss = plain_loss(model, decode(photos).to(model.latent_mean.device))
         optimizer.zero_grad()
@@ -150,7 +149,7 @@ def plain_epoch(model, optimizer, batches):
 
 
 def plain():
-    """A round of plain is an epoch of 256 photos."""
+    """Measure plain: a round is an epoch of 256 photos."""
     model = new_vae().to(vae.pick_device(DEVICE))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     photos = find_photos("photos")[:256]
@@ -160,7 +159,7 @@ def plain():
 
 
 def pythae():
-    """The VAE and the BaseTrainer of pythae: a round is an epoch of 256 photos."""
+    """Measure pythae's VAE and BaseTrainer: a round is an epoch of 256 photos."""
     from pythae.data.datasets import BaseDataset
     from pythae.models import VAE, VAEConfig
     from pythae.models.base.base_utils import ModelOutput
@@ -188,7 +187,7 @@ def pythae():
 
 
 def lightning():
-    """A LightningModule and the Trainer of Lightning: a round is an epoch of 256 photos."""
+    """Measure a LightningModule with Lightning's Trainer: a round is an epoch of 256 photos."""
     from lightning import LightningModule, Trainer
     from lightning.pytorch.callbacks import Timer
 
@@ -215,7 +214,7 @@ def lightning():
 
 
 def ours():
-    """The functions of train.py: a round is an epoch of COUNT photos, less those held out."""
+    """Measure the functions of train.py: a round is an epoch of COUNT photos minus those held out."""
     train.reuse_freed_memory()
     run = train.new_run({}, train.set_up_device())
     while True:
@@ -223,17 +222,8 @@ def ours():
         yield {"ours, images/s": train.train_epoch(run) / run.seconds}
 
 
-def products():
-    """Products of square matrices in the precision of ours, of which the machine cannot make more."""
-    device = train.set_up_device()
-    matrix = torch.randn(MATRIX, MATRIX, device=device, dtype=train.precision(device))
-    while True:
-        fastest = min(seconds(torch.mm, matrix, matrix) for _ in range(5))
-        yield {"matrix products, GFLOP/s": 2e-9 * MATRIX**3 / fastest}
-
-
 def caching():
-    """Decoding into the cache, on one core, which is that of this process, and on all."""
+    """Measure decoding into the cache on one core (in this process) and on all cores."""
     photos = find_photos("to cache")
     cut = {"channels": 3, "size": IMAGE_SIZE}
     while True:
@@ -243,7 +233,7 @@ def caching():
 
 
 def starting():
-    """`python genpic.py` against what any script with its checkpoint has to do."""
+    """Measure `python genpic.py`, and the imports and checkpoint loading that any such script needs."""
     vae.save_checkpoint(genpic.CHECKPOINT, new_vae(), face_box=train.FACE_BOX)
     photo = Path(genpic.__file__).with_name("data") / "tested_data/sample.jpg"
     bare = ["-c", f"import torch, torchvision; torch.load({genpic.CHECKPOINT!r}, weights_only=True)"]
@@ -255,46 +245,35 @@ def starting():
 def run_python(arguments):
     """Run Python to its end; raises UserError if it fails."""
     if subprocess.run([sys.executable, *arguments], stdout=sys.stderr).returncode:
-        raise UserError(f"{arguments[0]} has failed, see above.")
-
-
-def arithmetic():
-    """Return the GFLOP of a training step for each image, in the convolutions."""
-    with FlopCounterMode(display=False) as counter:
-        plain_loss(new_vae(), torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE)).backward()
-    operations = counter.get_flop_counts()["Global"]
-    return sum(flop for name, flop in operations.items() if "convolution" in str(name)) / 2e9
+        raise UserError(f"{arguments[0]} failed; see the error above.")
 
 
 def rates(settings):
-    """Return the figures of all that work in turns, and their ratios."""
+    """Return the results of all measurements that take turns, and their ratios."""
     trainers = [plain, ours] + [pythae, lightning] * PEERS
-    figures = in_turns(*(worker(trainer, settings) for trainer in trainers), products(), caching(), starting())
+    figures = in_turns(*(worker(trainer, settings) for trainer in trainers), caching(), starting())
     pairs = [("ours", other.__name__, "images/s") for other in [plain, pythae, lightning][: 1 + 2 * PEERS]]
     pairs += [("cache on all cores", "cache on 1 core", "photos/s"), ("genpic.py", "imports and checkpoint", "s")]
     for one, other, unit in pairs:
         figures[f"{one} / {other}"] = figures[f"{one}, {unit}"] / figures[f"{other}, {unit}"]
-    figures["arithmetic, GFLOP/image"] = arithmetic()
-    rate = figures["ours, images/s"] * figures["arithmetic, GFLOP/image"]
-    figures["arithmetic of ours / matrix products"] = rate / figures["matrix products, GFLOP/s"]
     return figures
 
 
 # Time to quality
 def quality():
-    """Return how long plain takes to the validation PSNR that it has after EPOCHS epochs, and how long train.py."""
+    """Return how long plain and train.py take to reach the validation PSNR of plain after EPOCHS epochs."""
     slow = timed("plain", plain_epochs())
     mark = slow[-1][1]
     fast = timed("ours", ours_epochs(), mark)
     if fast[-1][1] < mark:
-        raise UserError(f"train.py has ended with {fast[-1][1]} dB, and plain with {mark} dB: raise COUNT.")
+        raise UserError(f"train.py ended at {fast[-1][1]} dB, below plain's {mark} dB: raise COUNT.")
     slow = [row for number, row in enumerate(slow) if all(psnr < mark for _, psnr in slow[:number])]
     figures = {"validation PSNR, dB": mark, "plain, s": slow[-1][0], "ours, s": fast[-1][0]}
     return figures | {"plain / ours": slow[-1][0] / fast[-1][0], "plain, epochs": len(slow), "ours, epochs": len(fast)}
 
 
 def timed(name, epochs, mark=math.inf):
-    """Return (seconds, PSNR) of each epoch of a generator, to the first that has the mark."""
+    """Return (seconds, PSNR) of each epoch of a generator, up to the first that reaches `mark`."""
     rows = []
     begin = time.perf_counter()
     for psnr in epochs:
@@ -306,7 +285,7 @@ def timed(name, epochs, mark=math.inf):
 
 
 def plain_epochs():
-    """Train in the loop that people write first; yield the PSNR after each epoch."""
+    """Train with the naive loop; yield the PSNR after each epoch."""
     run = train.new_run({}, vae.pick_device(DEVICE))
     model = run.average = new_vae().to(run.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -322,7 +301,7 @@ def plain_epochs():
 
 def ours_epochs():
     """Run train.py; yield the PSNR after each epoch."""
-    Path("ours").mkdir()  # has a cache of its own
+    Path("ours").mkdir()  # so that it uses its own cache
     names = ("IMAGE_SIZE", "BATCH_SIZE", "COMPILE", "DEVICE")
     flags = [f"--{name.lower().replace('_', '-')}={getattr(train, name)}" for name in names]
     flags += [f"--beta={0.132 * (IMAGE_SIZE / 150) ** 2}", "--hidden-dims", *map(str, HIDDEN_DIMS)]
@@ -333,30 +312,32 @@ def ours_epochs():
             if found := re.match(r"Epoch .* PSNR (\S+) dB", line):
                 yield float(found[1])
         if process.wait():
-            raise UserError("train.py has failed, see above.")
+            raise UserError("train.py failed; see the error above.")
     finally:
-        process.kill()  # at SIGTERM it would say that it stops
+        process.kill()  # on SIGTERM, it would print that it is stopping
         process.wait()
 
 
 def main(argv=()):
-    """Measure, and print a line per figure."""
+    """Measure, and print one line per result."""
     with vae.flags(globals(), argv) as (settings, _):
         measure(settings | {"DATA": "photos"})
 
 
 def measure(settings):
-    """Measure with the constants in `settings`, and print a line per figure."""
+    """Measure with the constants in `settings`, and print one line per result."""
     vars(train).update(settings)
     train.check_settings()
     require(2 * BATCH_SIZE <= COUNT, "COUNT", COUNT, f"at least {2 * BATCH_SIZE}, two batches")
     for peer in ("pythae", "lightning") * PEERS:
-        require(find_spec(peer), "PEERS", PEERS, f"False, as {peer} is missing: `pip install pythae lightning`")
+        require(
+            find_spec(peer), "PEERS", PEERS, f"False, because {peer} is not installed: `pip install pythae lightning`"
+        )
     with tempfile.TemporaryDirectory() as folder:
         put_photos(Path(folder))
         with chdir(folder), redirect_stdout(sys.stderr):
             usable = len(train.new_run({}, torch.device("cpu")).pixels)  # writes the cache
-            require(usable == COUNT, "PHOTOS", PHOTOS, "a folder of photos that can all be read")
+            require(usable == COUNT, "PHOTOS", PHOTOS, "a folder in which all photos can be read")
             figures = quality() if QUALITY else rates(settings)
     for name, figure in figures.items():
         print(f"{name:50} {figure:10.3f}")

@@ -1,4 +1,4 @@
-"""Faces for tests and benchmark, drawn from a seed."""
+"""Faces for tests and benchmarks, drawn from a seed."""
 
 import random
 
@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw
 
 
 def draw_face(seed, size=(48, 56)):
-    """Return a drawn face (PIL, RGB) that lies on its side, so that the detector does not take it for one."""
+    """Return a drawn face (PIL, RGB) rotated by 90 degrees so that the face detector does not find it."""
     dice = random.Random(seed)
     picture = Image.new("RGB", (100, 120), tuple(dice.choices(range(256), k=3)))
     skin, dark = [dice.randint(120, 250) for _ in range(3)], tuple(dice.choices(range(90), k=3))
@@ -20,7 +20,7 @@ def draw_face(seed, size=(48, 56)):
 
 
 def draw_faces(folder, count):
-    """Write so many drawn faces into `folder` and return it."""
+    """Write `count` drawn faces to `folder` and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(count):
         draw_face(seed).save(folder / f"face {seed:03d}.jpg", quality=95)

@@ -1,11 +1,11 @@
-"""How good the pictures of a model are: by photos that it has not seen, and by a face recogniser.
+"""Measure the quality of a model's pictures on photos it has not seen, with a face recognition network.
 
-    pip install -r requirements.txt scikit-image dlib-bin face-recognition-models    # in an environment of its own
+    pip install -r requirements.txt scikit-image dlib-bin face-recognition-models    # in a separate environment
     python tests/judge.py --photos FOLDER    # judges checkpoints_best/vae_model_20.pth; every constant below is a flag
 
-A face is found where dlib's frontal detector finds one in the picture at twice its size. Faces are told apart by dlib's
-128 numbers (descriptors): less than 0.6 apart, they are taken for one person. The Frechet distance is that of the
-Gaussians of two sets of descriptors (Heusel et al. 2017, arXiv:1706.08500, with dlib's network in Inception's place).
+Faces are detected by dlib's frontal detector, on the picture at twice its size. They are compared by dlib's descriptors
+of 128 numbers: two faces less than 0.6 apart count as the same person. The Frechet distance is the distance between
+Gaussians fitted to two sets of descriptors (Heusel et al. 2017, arXiv:1706.08500; dlib's network replaces Inception).
 """
 
 import functools
@@ -27,13 +27,13 @@ from data.photos import find_photos
 from vae import UserError, require
 
 CHECKPOINT: str = "checkpoints_best/vae_model_20.pth"  # the model to judge
-PHOTOS: str = ""  # folder of photos that it was not trained on: some 900, as fewer make the Frechet distance larger
-VARIED: int = 20  # of these photos, so many get ten variations for each W
+PHOTOS: str = ""  # folder of photos that it was not trained on: about 900, since fewer raise the Frechet distance
+VARIED: int = 20  # number of these photos that get ten variations for each W
 
 
 @functools.cache
 def recogniser():
-    """Return dlib's face detector, its landmarks and its descriptors, once in a process."""
+    """Return dlib's face detector, landmark predictor and descriptor network, loaded once per process."""
     import dlib
 
     models = distribution("face-recognition-models").locate_file("face_recognition_models/models")
@@ -43,7 +43,7 @@ def recogniser():
 
 
 def descriptor(picture):
-    """Return the descriptor (128,) of the largest face in a picture (H, W, 3) of uint8, NaN where none is found."""
+    """Return the descriptor (128,) of the largest face in a picture (H, W, 3) of uint8, or NaN if none is found."""
     detector, landmarks, descriptors = recogniser()
     faces = detector(picture, 1)
     if not faces:
@@ -53,7 +53,7 @@ def descriptor(picture):
 
 
 def describe(images, name):
-    """Images (N, 3, H, W) -> pictures (N, H, W, 3) of uint8 and their descriptors (N, 128), found on all cores."""
+    """Images (N, 3, H, W) -> pictures (N, H, W, 3) of uint8 and their descriptors (N, 128), computed on all cores."""
     pictures = np.stack([np.asarray(vae.to_picture(image)) for image in images])
     with ProcessPoolExecutor(torch.get_num_threads()) as pool:
         found = pool.map(descriptor, pictures, chunksize=8)
@@ -61,36 +61,38 @@ def describe(images, name):
 
 
 def distance(one, other):
-    """Return the mean distance between descriptors (..., 128), of the pairs with two faces; NaN if there is none."""
+    """Return the mean distance between descriptors (..., 128)over pairs where both have a face; NaN if none do."""
     return np.nanmean(np.linalg.norm(one - other, axis=-1))
 
 
 def frechet_distance(one, other):
-    """Return the Frechet distance of the Gaussians of descriptors (N, D), (M, D); NaN unless each has over D faces."""
+    """Return the Frechet distance between Gaussians of descriptors (N, D), (M, D); NaN unless each has over D faces."""
     one, other = (torch.from_numpy(those[~np.isnan(those[:, 0])]) for those in (one, other))
     if min(len(one), len(other)) <= one.shape[1]:
         return math.nan
     covariances = [torch.cov(one.T), torch.cov(other.T)]
-    root = torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum()  # the trace of the matrix' root
+    root = (
+        torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum()
+    )  # the trace of the matrix square root
     means = (one.mean(0) - other.mean(0)).square().sum()
     return (means + covariances[0].trace() + covariances[1].trace() - 2 * root).item()
 
 
 def judge_faces(found):
-    """Print what the descriptors {name: (N, 128)} tell of photos, reconstructions and samples."""
+    """Print metrics of photos, reconstructions and samples, given their descriptors {name: (N, 128)}."""
     said = ", ".join(f"{100 * np.isfinite(these[:500, 0]).mean():.1f} % of {name}" for name, these in found.items())
-    print(f"Faces       found, of at most 500 each, in {said}")
+    print(f"Faces       found in {said} (of at most 500 each)")
     photos, recon, samples, _ = found.values()
     halves = frechet_distance(photos[::2], photos[1::2])
     said = f"reconstructions {frechet_distance(recon, photos):.4f}, samples {frechet_distance(samples, photos):.4f}"
-    print(f"Frechet     distance from the photos: {said}; of one half of the photos from the other {halves:.4f}")
+    print(f"Frechet     distance to the photos: {said}; between the two halves of the photos {halves:.4f}")
     people, people_too = (distance(these, np.roll(these, 1, axis=0)) for these in (photos, recon))
     print(f"Person      {distance(photos, recon):.3f} from a photo to its reconstruction")
     print(f"            {people:.3f} between photos of two people, {people_too:.3f} between reconstructions of two")
 
 
 def judge_variations(model, mu, originals):
-    """Print for each W how far ten variations of a photo are from each other, and from its reconstruction."""
+    """For each W, print how much ten variations of a photo differ from each other and from its reconstruction."""
     noise = vae.latent_noise(model, 10 * len(mu), 0).split(10)
     for w in genpic.SWEEP[1:]:
         codes = [genpic.perturb(model, code, eps, w) for code, eps in zip(mu.split(1), noise, strict=True)]
@@ -102,20 +104,20 @@ def judge_variations(model, mu, originals):
 
 
 def main(argv=()):
-    """Reconstruct the photos, draw as many samples, vary some of the photos, and print what comes of it."""
+    """Reconstruct the photos, draw as many samples, vary some of the photos, and print the metrics."""
     with vae.flags(globals(), argv):
         judge()
 
 
 @torch.inference_mode()
 def judge():
-    """Print all figures of CHECKPOINT."""
-    require(PHOTOS, "PHOTOS", PHOTOS, "a folder of photos")  # "" would be the folder one stands in
+    """Print all metrics of CHECKPOINT."""
+    require(PHOTOS, "PHOTOS", PHOTOS, "a folder of photos")  # "" would mean the current folder
     try:
         recogniser()
         from skimage.metrics import structural_similarity
     except ImportError as error:
-        raise UserError(f"There is no {error.name}: the first lines of this script tell what to install.") from None
+        raise UserError(f"{error.name} is not installed: the top of this script shows what to install.") from None
     model, _ = vae.load_checkpoint(CHECKPOINT)
     require(model.config["channels"] == 3, "CHECKPOINT", CHECKPOINT, "a model of colour pictures")
     genpic.CROP = "center"
@@ -129,7 +131,7 @@ def judge():
     psnr = vae.psnr(np.square(pairs[0] / 255.0 - pairs[1] / 255.0).sum(), pairs[0].size)
     windows = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     ssim = np.mean([structural_similarity(*pair, channel_axis=2, **windows) for pair in zip(*pairs, strict=True)])
-    print(f"Likeness    of {len(images)} reconstructions: PSNR {psnr:.2f} dB, SSIM {ssim:.3f}")
+    print(f"Likeness    {len(images)} reconstructions: PSNR {psnr:.2f} dB, SSIM {ssim:.3f}")
     judge_faces({name: found for name, (_, found) in described.items()})
     chosen = torch.linspace(0, len(images) - 1, min(VARIED, len(images))).long()
     judge_variations(model, mu[chosen], described["reconstructions"][1][chosen.numpy()])

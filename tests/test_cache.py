@@ -1,4 +1,4 @@
-"""The cache: photos are decoded once, all of them, in order, and again when they or the way they are cut change."""
+"""Tests of the cache: all photos are decoded once, in order, and again only if they or their crop change."""
 
 import errno
 import os
@@ -24,12 +24,12 @@ def test_photos_are_decoded_once(workplace):
     pixels = cache.load_pixels(*arguments)
     assert np.abs(pixels.numpy().astype(int) - expected).max() <= 2
     before = first.stat()
-    first.write_bytes(bytes(before.st_size))  # nobody looks into it again
+    first.write_bytes(bytes(before.st_size))  # it must not be read again
     os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert torch.equal(cache.load_pixels(*arguments), pixels)
 
 
-def test_the_cache_follows_names_sizes_times_and_cut_but_not_the_place(tmp_path, monkeypatch):
+def test_the_cache_depends_on_photos_and_crop_but_not_on_the_folder(tmp_path, monkeypatch):
     cut = {"channels": 3, "size": 32, "crop": "center", "face_box": None}
     folder = draw_faces(tmp_path / "faces", 3)
     changes = [
@@ -49,8 +49,8 @@ def test_the_cache_follows_names_sizes_times_and_cut_but_not_the_place(tmp_path,
     assert cache.cache_path(find_photos(moved), cut) in paths
 
 
-@pytest.mark.parametrize("count", [200, 600])  # of more than 256, in worker processes
-def test_every_photo_of_a_large_folder_is_there_in_order(workplace, capsys, count):
+@pytest.mark.parametrize("count", [200, 600])  # more than 256 are decoded in worker processes
+def test_a_large_folder_is_decoded_completely_and_in_order(workplace, capsys, count):
     Path("many").mkdir()
     broken = [0, 7, 100, 101, count - 1]
     for number in range(count):
@@ -63,7 +63,7 @@ def test_every_photo_of_a_large_folder_is_there_in_order(workplace, capsys, coun
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, "Too many open files")])
-def test_a_photo_is_not_left_out_for_lack_of_memory_or_file_handles(error, workplace, monkeypatch):
+def test_running_out_of_memory_or_file_handles_does_not_skip_photos(error, workplace, monkeypatch):
     def fail(*_):
         raise error
 
@@ -71,4 +71,4 @@ def test_a_photo_is_not_left_out_for_lack_of_memory_or_file_handles(error, workp
     draw_faces(Path("few"), 6)
     with pytest.raises((MemoryError, vae.UserError), match=r"^$|Too many open files"):
         run("--data", "few", "--epochs", "1")
-    assert len(list(Path("data/cache").iterdir())) == 1  # that of the run before
+    assert len(list(Path("data/cache").iterdir())) == 1  # the cache of the earlier run

@@ -1,4 +1,4 @@
-"""Checkpoints: what is stored, what others have made, what is damaged or something else, and what would do harm."""
+"""Tests of checkpoints: saving, loading, other projects' files, and damaged, invalid or malicious files."""
 
 import os
 import pickle
@@ -16,7 +16,7 @@ from vae import UserError, load_checkpoint, save_checkpoint
 
 @pytest.fixture
 def model():
-    """A small model with a fitted prior, and statistics that differ from those it is born with."""
+    """A small model with a fitted prior, and BatchNorm statistics that differ from their initial values."""
     model = vae.VAE(24, 1, [4, 8], 5)
     model(torch.rand(8, 1, 24, 24))
     model.fit_prior(torch.randn(20, 5), torch.randn(20, 5))
@@ -24,28 +24,28 @@ def model():
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_a_checkpoint_brings_back_the_model_and_what_was_stored_beside_it(model, half, tmp_path):
+def test_a_checkpoint_restores_the_model_and_its_info(model, half, tmp_path):
     save_checkpoint(tmp_path / "model.pth", model, half, epoch=3, constants={"BETA": 0.5, "HIDDEN_DIMS": [4, 8]})
     loaded, info = load_checkpoint(tmp_path / "model.pth")
     assert (loaded.config, loaded.training) == (model.config, False)
-    assert info == {"epoch": 3, "constants": {"BETA": 0.5, "HIDDEN_DIMS": [4, 8]}}
+    assert info == {"face_box": None, "epoch": 3, "constants": {"BETA": 0.5, "HIDDEN_DIMS": [4, 8]}}
     learnt = dict(model.named_parameters())
     expected = {name: t.half().to(t.dtype) if half and name in learnt else t for name, t in model.state_dict().items()}
     torch.testing.assert_close(dict(loaded.state_dict()), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("value", "half"), [(float("nan"), False), (float("inf"), False), (1e6, True)])
-def test_weights_that_are_not_finite_are_never_saved_and_the_old_file_stays(model, value, half, tmp_path):
+def test_non_finite_weights_are_never_saved_and_the_old_file_is_kept(model, value, half, tmp_path):
     (tmp_path / "model.pth").write_text("old")
-    model.fc_mu.bias.data[0] = value  # the last one is more than 16 bits hold
-    with pytest.raises(UserError, match=r"model\.pth is not written: fc_mu\.bias is no longer finite"):
+    model.fc_mu.bias.data[0] = value  # 1e6 does not fit in 16 bits
+    with pytest.raises(UserError, match=r"model\.pth was not written: fc_mu\.bias is no longer finite"):
         save_checkpoint(tmp_path / "model.pth", model, half)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 @pytest.mark.parametrize("kind", ["state dict", "state dict in the old format", "module"])
-def test_checkpoints_of_the_ancestors_load(kind, tmp_path):
-    ancestor = vae.VAE()  # its layers have the names of the published ones, whose last one is a sigmoid
+def test_checkpoints_of_the_original_projects_load(kind, tmp_path):
+    ancestor = vae.VAE()  # published models have the same layer names, plus a final sigmoid
     ancestor.final_layer.append(nn.Sigmoid())
     for name in ("config", "face_box", "latent_mean", "latent_scale"):
         delattr(ancestor, name)
@@ -60,7 +60,7 @@ def test_checkpoints_of_the_ancestors_load(kind, tmp_path):
 
 
 class Call(tuple):
-    """A function and its arguments, pickled as the call, which whoever unpickles it makes."""
+    """A function and its arguments; unpickling it calls the function."""
 
     def __reduce__(self):
         return self[0], self[1:]
@@ -91,32 +91,32 @@ def test_no_pickle_is_ever_executed(workplace):
         assert refusal(run, "--resume", "--epochs", "8") == f"checkpoints_best/last.pth {UNREAD}"
     assert not Path("executed").exists() and os.system not in torch.serialization.get_safe_globals()
     pickle.loads(pickle.dumps(EVIL["eval"]))
-    assert Path("executed").exists()  # so they do their work where they are trusted
-    print(f"\nCount: {len(files)} hostile pickles refused, by both scripts")
+    assert Path("executed").exists()  # the payload does work if it is unpickled
+    print(f"\nCount: {len(files)} malicious pickles refused by both scripts")
 
 
-UNREAD = "is damaged, or no checkpoint of tensors and plain Python types."
+UNREAD = "is damaged or is not a checkpoint of tensors and plain Python types."
 CONFIG = {"image_size": 24, "channels": 1, "hidden_dims": [4, 8], "latent_dim": 5}
 STATE = vae.VAE(**CONFIG).state_dict()
 WRONG = {
     "empty": (b"", UNREAD),
     "photo": ((ROOT / "data/tested_data/sample.jpg").read_bytes(), UNREAD),
     "archive": (b"PK\5\6" + bytes(18), UNREAD),
-    "other model": ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "does not hold the weights of a VAE"),
-    "other size": (STATE, "a VAE of its config or of vae.py (Error(s) in loading"),
+    "other model": ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "does not contain VAE weights"),
+    "other size": (STATE, "that match its config or vae.py (Error(s) in loading"),
     "missing": ({"config": CONFIG, "state_dict": {}}, "Missing key(s) in state_dict"),
     "shape": ({"config": CONFIG, "state_dict": {**STATE, "fc_mu.bias": torch.zeros(6)}}, "size mismatch for fc_mu."),
-    "face": ({"config": CONFIG, "state_dict": STATE, "face_box": "abc"}, "its face_box is 'abc'"),
+    "face": ({"config": CONFIG, "state_dict": STATE, "face_box": "abc"}, "invalid face_box 'abc'"),
     "no face": (
         {"config": CONFIG, "state_dict": STATE, "face_box": [0.1, 0.1, 0.0]},
-        "its face_box is [0.1, 0.1, 0.0]",
+        "invalid face_box [0.1, 0.1, 0.0]",
     ),
     "nan": ({"config": CONFIG, "state_dict": {**STATE, "fc_mu.bias": torch.zeros(5) / 0}}, "a weight is not finite"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_no_checkpoint_is_refused_in_a_sentence(name, workplace):
+def test_invalid_checkpoints_give_a_one_line_error(name, workplace):
     content, words = WRONG[name]
     path = Path("checkpoints_best/last.pth")
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -125,7 +125,7 @@ def test_what_is_no_checkpoint_is_refused_in_a_sentence(name, workplace):
 
 
 @pytest.mark.parametrize("count", [50, pytest.param(500, marks=pytest.mark.slow)])
-def test_a_damaged_checkpoint_is_refused_or_as_good_as_new(count, trained, tmp_path):
+def test_a_damaged_checkpoint_is_refused_or_loads_correctly(count, trained, tmp_path):
     good = (trained / TRAINED).read_bytes()
     state = load_checkpoint(trained / TRAINED)[0].state_dict()
     refused = 0
@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_refused_or_as_good_as_new(count, trained, tmp_p
         except UserError as error:
             assert str(error).startswith(f"{path} ")
             refused += 1
-        else:  # the bytes between the records, and what is told of them twice, mean nothing
+        else:  # bytes between zip records, and duplicate headers, do not matter
             assert number % 5 > 0 and all(torch.equal(loaded[name], state[name]) for name in state)
-    print(f"\nCount: {count} damaged checkpoints, {refused} refused, the others as good as new")
+    print(f"\nCount: {count} damaged checkpoints, {refused} refused, the others loaded correctly")
     assert refused > 0.6 * count

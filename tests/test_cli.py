@@ -1,4 +1,4 @@
-"""The commands that people type: errors, signals, flags, and what they print."""
+"""Tests of the command line: errors, signals, flags and output."""
 
 import os
 import re
@@ -30,12 +30,12 @@ def folder(tmp_path):
 
 
 def python(folder, *command):
-    """Run a script in a folder; return what it wrote to stdout and stderr, and its exit code."""
+    """Run a script in a folder; return its stdout, stderr and exit code."""
     process = start(folder, *command)
     return *process.communicate(), process.returncode
 
 
-def test_from_photos_to_the_grid(folder):
+def test_train_and_then_generate(folder):
     said, *outcome = python(folder, "train.py", *SMALL, "--epochs", "3", "--output-dir", "my runs")
     assert outcome == ["", 0] and said.count("images/s") == 3
     assert python(folder, *shlex.split(re.search("\nNext +python (.*)", said)[1]), "--image=data/train")[1:] == ("", 0)
@@ -43,7 +43,7 @@ def test_from_photos_to_the_grid(folder):
 
 
 @pytest.mark.parametrize("script", ["train.py", "genpic.py"])
-def test_an_error_is_a_line_wrong_flags_give_the_usage_and_a_bug_a_traceback(script, folder):
+def test_errors_are_one_line_unknown_flags_show_usage_and_bugs_a_traceback(script, folder):
     shutil.rmtree(folder / "data")
     _, complaints, code = python(folder, script)
     assert (code, complaints.count("\n")) == (1, 1) and complaints.startswith(f"{script}: ")
@@ -76,7 +76,7 @@ def test_ctrl_c_while_photos_are_read_ends_without_a_traceback(folder):
     process = start(folder, "train.py", *SMALL)
     while process.poll() is None and not any(path.stat().st_size for path in folder.glob("data/cache/.*.tmp")):
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # a terminal tells all processes
+    os.killpg(process.pid, signal.SIGINT)  # a terminal signals all processes
     assert process.communicate(timeout=60) == ("", "") and process.returncode == 130
 
 
@@ -87,14 +87,14 @@ def test_a_closed_pipe_ends_a_run_without_a_traceback(folder):
     assert process.stderr.read() == "" and process.wait() == 1
 
 
-def test_from_another_folder_genpic_takes_the_model_and_photo_beside_it_unless_they_are_flags(tmp_path):
+def test_genpic_in_another_folder_uses_its_own_model_and_photo_unless_set_by_flags(tmp_path):
     said, *outcome = python(tmp_path, ROOT / "genpic.py", "--device=cpu")
-    assert outcome == ["", 0] and said.count("beside genpic.py") == 2 and (tmp_path / genpic.OUTPUT).exists()
+    assert outcome == ["", 0] and said.count("next to genpic.py") == 2 and (tmp_path / genpic.OUTPUT).exists()
     _, complaints, code = python(tmp_path, ROOT / "genpic.py", "--checkpoint", genpic.CHECKPOINT)
     assert code == 1 and complaints.startswith(f"genpic.py: There is no checkpoint {genpic.CHECKPOINT}")
 
 
-def test_in_a_notebook_main_starts_from_the_constants_and_restores_them(workplace, monkeypatch):
+def test_main_in_a_notebook_uses_and_restores_the_constants(workplace, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["kernel", "-f", "kernel.json"])
     vars(genpic).update(CHECKPOINT=TRAINED, IMAGE="faces", DEVICE="cpu", NUM_VARIATIONS=3, OUTPUT="a.png")
     genpic.main(["--num-variations", "20", "--seed", "1"])
@@ -103,7 +103,7 @@ def test_in_a_notebook_main_starts_from_the_constants_and_restores_them(workplac
     assert Image.open("a.png").height == 34 + 2
 
 
-def test_photos_are_read_without_the_packages_for_curves_and_faces(tmp_path):
+def test_reading_photos_imports_neither_matplotlib_nor_dlib(tmp_path):
     check = "import data.photos, sys; sys.exit(bool({'matplotlib', 'dlib', 'train'} & {*sys.modules}))"
     assert python(tmp_path, "-c", check)[2] == 0
 
@@ -115,7 +115,7 @@ def test_every_constant_is_a_flag_with_its_comment_and_default(script, capsys):
     constants = [name for name in comments if hasattr(script, name)]
     with pytest.raises(SystemExit):
         script.main(["--help"])
-    said = "".join(capsys.readouterr().out.split())  # in any width of the terminal
+    said = "".join(capsys.readouterr().out.split())  # for any terminal width
     assert said.count("(default:") == len(constants) > 10
     for name in constants:
         text = f"{comments[name]} (default: {getattr(script, name)})".replace(" ", "")
@@ -128,18 +128,18 @@ def test_every_constant_is_a_flag_with_its_comment_and_default(script, capsys):
     "--kl-warmup-epochs 21, --reconstruction l1, --device tpu, --image-size 8, --channels 2, "
     "--hidden-dims 8 0, --crop a".split(", "),
 )
-def test_constants_that_cannot_be_are_refused_before_anything_is_written(flags, tmp_path, monkeypatch):
+def test_invalid_constants_are_refused_before_anything_is_written(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = flags.split()[0].removeprefix("--").replace("-", "_").upper()
     assert refusal(train.main, flags.split()).startswith(f"{name} is ") and not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif((ROOT / "checkpoints_best/last.pth").exists(), reason="a run has left its own model there")
-def test_the_first_command_varies_a_face(tmp_path, monkeypatch, capsys):
+@pytest.mark.skipif((ROOT / "checkpoints_best/last.pth").exists(), reason="a run has replaced the included model")
+def test_the_quick_start_command_makes_variations(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     genpic.main(["--output", str(tmp_path / "grid.jpg")])
     assert re.search(r"\nAbout +.*CelebA.*research", capsys.readouterr().out)
     grid = np.asarray(Image.open(tmp_path / "grid.jpg"), float)[2:, 2:].reshape(2, 152, 6, 152, 3)
     photo, reconstruction, *variations = grid.swapaxes(1, 2)[:, :, :150, :150].reshape(12, -1)
-    assert 3 < np.sqrt(2 * np.var(variations, axis=0, ddof=1).mean()) < 15  # grey levels from one to another
+    assert 3 < np.sqrt(2 * np.var(variations, axis=0, ddof=1).mean()) < 15  # grey levels between two variations
     assert np.sqrt(np.square(photo - reconstruction).mean()) < 12

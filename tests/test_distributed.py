@@ -1,4 +1,4 @@
-"""Several processes: torchrun starts two on the CPU, which train one model together."""
+"""Tests of distributed training: torchrun starts two CPU processes that train one model."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from faces import draw_faces
 import train
 import vae
 
-# Trains as train.py does, and leaves a file of the batches that this process sees and its weights after every step
+# Runs train.py and records this process's batches, and its weights after every step, in a file
 RECORDER = """
 import sys, torch, train
 
@@ -34,7 +34,7 @@ RUN = [*SMALL, "--data", "faces", "--no-amp"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with 36 faces, 34 of them to train on: five batches of 8, the last filled up."""
+    """A folder with 36 faces, 34 of them for training: five batches of 8, the last one filled up."""
     folder = tmp_path_factory.mktemp("processes")
     draw_faces(folder / "faces", 36)
     (folder / "recorder.py").write_text(RECORDER)
@@ -43,14 +43,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    """What one process and two have seen and learned; each run prints an epoch once."""
+    """The batches and weights recorded by one process and by two; each run prints every epoch once."""
     for out, launcher in {"by 1": [], "by 2": TWO}.items():
         process = start(folder, *launcher, "recorder.py", *RUN, "--epochs", "3", "--output-dir", out)
         assert process.communicate(timeout=300)[0].count("\nEpoch") == 3
     return [torch.load(folder / name) for name in ("by 1/0.pt", "by 2/0.pt", "by 2/1.pt")]
 
 
-def test_two_processes_see_the_photos_in_the_order_of_one(runs):
+def test_two_processes_see_the_photos_in_the_same_order_as_one(runs):
     (alone, _), (evens, _), (odds, _) = runs
     assert [(batch[::2], batch[1::2]) for batch in alone] == list(zip(evens, odds, strict=True))
     assert [len(batch) for batch in alone] == [8] * 3 * 5
@@ -63,7 +63,7 @@ def test_two_processes_have_the_same_weights_after_every_step(runs):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
-def test_a_run_of_which_a_process_is_killed_ends_and_resumes_after_the_last_whole_epoch(folder):
+def test_a_run_with_a_killed_process_ends_and_resumes_after_its_last_complete_epoch(folder):
     command = [ROOT / "train.py", *RUN, "--epochs", "1000", "--output-dir", "killed"]
     process = start(folder, *TWO, *command)
     assert any("Epoch  2/1000" in line for line in process.stdout)
@@ -84,12 +84,12 @@ def test_a_run_of_which_a_process_is_killed_ends_and_resumes_after_the_last_whol
         ("--device=cpu:0", "DEVICE is 'cpu:0'"),
     ],
 )
-def test_what_cannot_be_is_said_once(flag, words, folder):
+def test_errors_are_reported_once(flag, words, folder):
     complaints = start(folder, *TWO, ROOT / "train.py", *RUN, flag).communicate(timeout=300)[1]
     assert complaints.count("train.py: ") == complaints.count(words) == 1
 
 
-def test_processes_that_torchrun_has_not_started_are_refused(folder, monkeypatch):
+def test_processes_not_started_by_torchrun_are_refused(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(train, "world_size", 2)
     assert "RANK is not set: start the processes with torchrun" in refusal(train.main, RUN)

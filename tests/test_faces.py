@@ -1,4 +1,4 @@
-"""Where faces are: in photos of any kind, in the pictures of a model, and what happens where there is none."""
+"""Tests of finding faces and cropping photos around them."""
 
 import shutil
 import sys
@@ -14,8 +14,8 @@ import vae
 from data.faces import face_detector, median_face_box, read_square
 from data.photos import crop_square
 
-PORTRAIT = Image.open(ROOT / "tests/portrait.jpg")  # a sample of the model in a scene of noise, 640 x 480
-SQUARE = crop_square(PORTRAIT, 373, 235, 217)  # has the face where FACE_BOX says
+PORTRAIT = Image.open(ROOT / "tests/portrait.jpg")  # a generated face on a noise background, 640 x 480
+SQUARE = crop_square(PORTRAIT, 373, 235, 217)  # the crop that puts the face at FACE_BOX
 
 
 KINDS = {
@@ -30,29 +30,29 @@ KINDS = {
 
 @pytest.fixture
 def model(workplace):
-    """A folder with `model.pth`, which knows where faces are in its pictures, and `me.jpg`."""
+    """Write `me.jpg` and `model.pth`, a model with a face_box; return the flags that select the model."""
     vae.save_checkpoint("model.pth", vae.VAE(32, 3, [4], 3), face_box=list(train.FACE_BOX))
     shutil.copy(ROOT / "tests/portrait.jpg", "me.jpg")
     return ["--checkpoint", "model.pth"]
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_face_is_cut_to_its_place_in_photos_of_any_kind(name, tmp_path):
+def test_photos_of_any_kind_are_cropped_around_the_face(name, tmp_path):
     KINDS[name].save(tmp_path / name)
     square, face = read_square(tmp_path / name, 1, 150, "face", train.FACE_BOX)
     assert face.count == 1
-    assert ("so small that it will be blurred" in str(face)) == (name == "small.png")
+    assert ("so small that the result will be blurry" in str(face)) == (name == "small.png")
     inside = slice(24, None) if "edge" in name else slice(None)  # the rest of that square is beyond the photo
     difference = np.asarray(square).astype(int) - np.asarray(ImageOps.grayscale(SQUARE).resize((150, 150)))
-    assert np.abs(difference)[:, inside].mean() < 12  # if cut 5 % beside it, 20
+    assert np.abs(difference)[:, inside].mean() < 12  # it would be 20 if the crop were off by 5%
 
 
-def test_what_is_beyond_the_edge_repeats_it():
+def test_crops_beyond_the_edge_repeat_edge_pixels():
     pixels = np.asarray(crop_square(PORTRAIT, -30, 400, 100))
     assert np.array_equal(pixels, np.pad(np.asarray(PORTRAIT)[400:, :70], ((0, 20), (30, 0), (0, 0)), "edge"))
 
 
-def test_the_largest_of_several_faces_is_taken_and_upside_down_ones_are_none(tmp_path):
+def test_the_largest_face_is_used_and_upside_down_faces_are_ignored(tmp_path):
     group = Image.new("RGB", (460, 460), "grey")
     group.paste(SQUARE, (230, 230))
     group.paste(SQUARE.resize((190, 190)), (20, 250))
@@ -77,22 +77,22 @@ def test_every_mode_crops_to_the_face(model, capsys):
         assert said.count(face) == count
 
 
-def test_without_a_face_or_dlib_or_a_face_box_it_is_the_middle_square(model, monkeypatch, capsys):
+def test_without_a_face_dlib_or_a_face_box_the_center_square_is_used(model, monkeypatch, capsys):
     center = pictures(*model, "--crop=center")
     assert "Face" not in capsys.readouterr().out
     assert np.array_equal(pictures(*model), center)
-    assert "Face        faces/face 000.jpg: none found (turned, tilted, too small?), so this" in capsys.readouterr().out
-    vae.save_checkpoint("other.pth", vae.load_checkpoint("model.pth")[0])
+    assert "Face        faces/face 000.jpg: none found (turned, tilted or too small?): using" in capsys.readouterr().out
+    vae.save_checkpoint("other.pth", vae.VAE(32, 3, [4], 3))
     pictures("--checkpoint", "other.pth", "--image", "me.jpg")
     assert "Face" not in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "dlib", None)
     face_detector.cache_clear()
     generate(*model, "--image=me.jpg")
     face_detector.cache_clear()
-    assert "`pip install dlib-bin` installs what is missing.\n" in capsys.readouterr().out
+    assert "install the detector with `pip install dlib-bin`.\n" in capsys.readouterr().out
 
 
-def test_training_cuts_photos_around_their_faces_and_tells_the_model_where_these_are(workplace, capsys):
+def test_training_crops_around_faces_and_stores_the_face_box(workplace, capsys):
     for number in range(4):
         shifted = crop_square(PORTRAIT, 150 + 20 * number, 30, 480)
         shifted.save(f"faces/face {number:03d}.jpg", quality=95)
@@ -102,7 +102,7 @@ def test_training_cuts_photos_around_their_faces_and_tells_the_model_where_these
     assert said.count(" shows no face.") == 36 and "Photos      4 of 40 can be used" in said
     _, info = vae.load_checkpoint("out/vae_model_1.pth")
     assert info["face_box"] == pytest.approx(train.FACE_BOX, abs=0.02)
-    assert "CROP was face and is center" in refusal(run, *flags, "--crop=center", "--resume")
+    assert "CROP was face and is now center" in refusal(run, *flags, "--crop=center", "--resume")
     run("--epochs=1", "--output-dir=center", "--crop=center", "--no-resume")
     assert vae.load_checkpoint("center/vae_model_1.pth")[1]["face_box"] is None
 

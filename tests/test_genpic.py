@@ -1,4 +1,4 @@
-"""Making pictures: what W means, the modes, the files, the refusals."""
+"""Tests of genpic.py: W, the modes, the output files and the errors."""
 
 import re
 import shlex
@@ -20,39 +20,39 @@ from data.photos import find_photos, read_image
 MORPH = ["--mode", "interpolate", "--image", "faces/face 003.jpg", "--image-to", "faces/face 007.jpg"]
 NO_PHOTO = "it must be a file other than the photos"
 REFUSED = {
-    "--checkpoint missing.pth": "There is no checkpoint missing.pth: `python train.py` makes one",
-    "--image empty --mode reconstruct": "There is no photo in empty",
-    "--mode interpolate --image-to broken.jpg": "broken.jpg cannot be read as an image (no picture in a known format",
-    "--image-to me.jpg": "MODE is 'variations': it must be \"interpolate\" if IMAGE_TO names a photo",
+    "--checkpoint missing.pth": "There is no checkpoint missing.pth: train one with `python train.py`",
+    "--image empty --mode reconstruct": "There are no photos in empty: add one",
+    "--mode interpolate --image-to broken.jpg": "broken.jpg cannot be read as an image (not a picture in a known",
+    "--image-to me.jpg": "MODE is 'variations': it must be \"interpolate\" if IMAGE_TO is set",
     "--image me.jpg --output me.jpg": f"OUTPUT is 'me.jpg': {NO_PHOTO}",
-    "--image me.jpg --output faces/me.jpg": NO_PHOTO,  # to which me.jpg is a link
+    "--image me.jpg --output faces/me.jpg": NO_PHOTO,  # me.jpg is a link to it
     "--mode reconstruct --output empty/../faces/me.jpg": NO_PHOTO,
     "--mode interpolate --image 'faces/face 001.jpg' --image-to me.jpg --output me.jpg": NO_PHOTO,
     "--mode collage": "MODE is 'collage': it must be one of variations, reconstruct, sample, interpolate, sweep",
     "--w -0.1": "W is -0.1: it must be a number from 0 to 1",
     "--crop '1 2 0'": 'CROP is \'1 2 0\': it must be "face", "center", or left, top',
-    "--image me.jpg --crop '9 0 40'": "CROP 9 0 40 reaches beyond me.jpg, which has 48 x 56 pixels",
-    "--output grid.gif": "OUTPUT is 'grid.gif': it must be a file name that ends in .jpg, .jpeg, .png, .webp",
-    "--output grid.webp --num-variations 3000": "grid.webp cannot be written",  # WebP ends at 16,383 pixels
+    "--image me.jpg --crop '9 0 40'": "CROP 9 0 40 extends beyond me.jpg, which is 48 x 56 pixels",
+    "--output grid.gif": "OUTPUT is 'grid.gif': it must be a file name ending in .jpg, .jpeg, .png, .webp",
+    "--output grid.webp --num-variations 3000": "grid.webp cannot be written",  # WebP allows at most 16,383 pixels
 }
 
 
 def tiles(path):
-    """Cut a grid into its pictures, (N, 32, 32, 3) in grey levels."""
+    """Split a grid into its pictures (N, 32, 32, 3), in grey levels."""
     grid = np.asarray(Image.open(path).convert("RGB")).astype(int)[2:, 2:]
     rows = grid.reshape(len(grid) // 34, 34, -1, 34, 3)
     return rows.swapaxes(1, 2)[:, :, :32, :32].reshape(-1, 32, 32, 3)
 
 
 def pictures(*flags):
-    """Generate with these flags; return the pictures of the grid."""
+    """Run genpic.py with these flags; return the pictures in the grid."""
     with untouched_scripts():
         generate(*flags, "--output", "grid.png")
     return tiles("grid.png")
 
 
 def apart(one, other):
-    """By how many grey levels pictures differ at most."""
+    """Return the largest difference between pictures, in grey levels."""
     return np.abs(one - np.asarray(other)).max()
 
 
@@ -65,7 +65,7 @@ def fitted_model():
 
 
 @pytest.mark.parametrize("w", [0.0, 0.25, 1.0])
-def test_variations_have_the_mean_and_covariance_of_the_formula_and_a_population_stays_one(w):
+def test_variations_match_the_formula_and_preserve_the_prior(w):
     torch.manual_seed(0)
     model, photo, eps = fitted_model(), torch.tensor([[3.0, -1, 0, 2]]), torch.randn(2, 200_000, 4)
     people = model.draw_latents(eps[0])
@@ -93,7 +93,7 @@ def test_the_grid_is_the_photo_its_reconstruction_and_ten_variations(workplace, 
 
 def test_crop_is_in_pixels_of_the_upright_photo(workplace):
     photo, turned = draw_face(5, size=(600, 700)), Image.Exif()
-    turned[0x0112] = 6  # the camera was turned: the file holds the photo on its side
+    turned[0x0112] = 6  # the camera was turned: the file stores the photo sideways
     photo.rotate(90, expand=True).save("me.jpg", quality=100, exif=turned)
     photo.crop((100, 150, 400, 450)).save("square.png")
     assert apart(pictures("--image=me.jpg", "--crop=100 150 300"), pictures("--image=square.png")) <= 3
@@ -129,7 +129,7 @@ def test_sweep_has_a_labelled_row_for_each_w_and_the_same_noise_down_a_column(wo
     assert len({label.tobytes() for label in rows[:, 0]}) == 6
 
 
-def test_a_checkpoint_without_fitted_prior_is_shown_as_such(workplace, capsys):
+def test_a_checkpoint_without_a_fitted_prior_is_reported(workplace, capsys):
     generate()
     assert "Prior " not in capsys.readouterr().out
     vae.save_checkpoint("other.pth", vae.VAE(32, 3, [4], 3))
@@ -144,7 +144,7 @@ def test_grey_models_give_grey_pictures(mode, workplace):
     assert Image.open("new folder/grey.png").mode == "L"
 
 
-def test_interpolation_is_spherical_in_the_coordinates_in_which_the_prior_is_round():
+def test_interpolation_is_spherical_in_whitened_coordinates():
     model = fitted_model()
     ends = torch.tensor([[1.0, 0, 0.5, -2], [0.0, 2, 1, 0.3]])
     angle = torch.acos(torch.cosine_similarity(*ends, dim=0))
@@ -164,7 +164,7 @@ def test_interpolation_goes_from_one_reconstruction_to_the_other_or_from_sample_
     ("flags", "places"),
     [(["--mode=sample"], []), (["--mode=interpolate"], []), (["--mode=sweep"], ["faces"]), (MORPH, MORPH[3::2])],
 )
-def test_photos_are_looked_for_once_and_only_where_they_are_needed(flags, places, workplace, monkeypatch):
+def test_photos_are_searched_for_once_and_only_if_needed(flags, places, workplace, monkeypatch):
     looked = []
     monkeypatch.setattr(genpic, "find_photos", lambda place: looked.append(place) or find_photos(place))
     generate(*flags)
@@ -172,7 +172,7 @@ def test_photos_are_looked_for_once_and_only_where_they_are_needed(flags, places
 
 
 @pytest.mark.parametrize(("ending", "loss"), [("gif", 4), ("webp", 0)])
-def test_an_animation_goes_there_and_back(ending, loss, workplace):
+def test_an_animation_plays_forward_and_back(ending, loss, workplace):
     steps = pictures(*MORPH)
     generate(*MORPH, "--output", f"morph.{ending}")
     animation = Image.open(f"morph.{ending}")
@@ -183,7 +183,7 @@ def test_an_animation_goes_there_and_back(ending, loss, workplace):
 
 
 @pytest.mark.parametrize("ending", ["jpg", "JPEG", "png", "webp", "gif"])
-def test_the_same_settings_give_the_same_bytes_in_the_format_of_the_ending(ending, workplace):
+def test_the_same_settings_give_the_same_bytes_in_the_format_of_the_extension(ending, workplace):
     names = [f"{number}.{ending}" for number in range(3)]
     for name, seed in zip(names, "001", strict=True):
         generate("--seed", seed, "--output", name, "--mode", "interpolate" if ending == "gif" else "sample")
@@ -192,8 +192,8 @@ def test_the_same_settings_give_the_same_bytes_in_the_format_of_the_ending(endin
     assert one == two != three
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
-def test_output_replaces_any_file_but_a_full_disk_leaves_it(workplace):
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot limit file sizes")
+def test_output_overwrites_files_but_a_full_disk_keeps_the_old_one(workplace):
     Path("grid.png").write_text("something else")
     with files_of_at_most(1000):
         assert refusal(generate, "--output", "grid.png") == "grid.png cannot be written (File too large)."
@@ -202,7 +202,7 @@ def test_output_replaces_any_file_but_a_full_disk_leaves_it(workplace):
 
 
 @pytest.mark.parametrize("flags", REFUSED)
-def test_what_cannot_be_is_refused_and_nothing_is_written(flags, workplace):
+def test_invalid_requests_are_refused_and_nothing_is_written(flags, workplace):
     Path("empty").mkdir()
     Path("broken.jpg").write_text("no photo")
     Path("faces/face 000.jpg").rename("faces/me.jpg")

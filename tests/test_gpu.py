@@ -1,4 +1,4 @@
-"""What needs a CUDA GPU."""
+"""Tests that need a CUDA GPU."""
 
 import signal
 import subprocess
@@ -42,11 +42,11 @@ def test_photos_go_to_the_gpu_if_they_fit_and_bfloat16_gives_the_same_psnr(workp
     assert pixels.is_cuda and not load_pixels(*arguments).is_cuda
 
 
-def test_memory_that_runs_out_is_a_sentence(workplace):
+def test_running_out_of_gpu_memory_gives_a_one_line_error(workplace):
     limit = (
         "import runpy, sys, torch; torch.cuda.set_per_process_memory_fraction(0.001); sys.path.insert(0, sys.argv[1])"
     )
     script = "; del sys.argv[0]; sys.argv[0] += '/train.py'; runpy.run_path(sys.argv[0], run_name='__main__')"
     flags = ["--data", "faces", "--device", "cuda", "--image-size", "256", "--compile", "no"]
     done = subprocess.run([sys.executable, "-c", limit + script, ROOT, *flags], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("train.py: The GPU has too little memory")
+    assert done.returncode == 1 and done.stderr.startswith("train.py: The GPU is out of memory")

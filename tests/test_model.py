@@ -1,4 +1,4 @@
-"""The model and the transforms: what vae.py is as a module that others import."""
+"""Tests of the model and the transforms in vae.py."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from vae import VAE
 
 
 @pytest.mark.parametrize("size", [(150, 3, [4] * 5, 12), (24, 1, [8, 16], 10), (16, 3, [4] * 4, 1), (33, 1, [4], 3)])
-def test_a_model_of_any_size_gives_images_of_its_size_in_0_to_1(size):
+def test_a_model_of_any_size_returns_images_of_that_size_in_0_to_1(size):
     image_size, channels, _, latent_dim = size
     model = VAE(*size)
     images = torch.rand(2, channels, image_size, image_size)
@@ -20,7 +20,7 @@ def test_a_model_of_any_size_gives_images_of_its_size_in_0_to_1(size):
     assert 0 <= recon.min() <= recon.max() <= 1
 
 
-def test_the_network_computes_what_published_checkpoints_of_its_names_expect():
+def test_the_network_matches_published_checkpoints():
     model = VAE(60, 3, [4, 8, 16], 5)
     model(torch.rand(4, 3, 60, 60))  # gives BatchNorm some statistics
     state = model.eval().state_dict()
@@ -54,7 +54,7 @@ def test_an_extreme_log_var_never_reaches_the_decoder(extreme):
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_celeb_transform_scales_the_short_side_and_crops_the_middle(turned):
-    photo = Image.new("RGB", (400, 300), "red")  # a green square in the middle of a red photo: only it survives
+    photo = Image.new("RGB", (400, 300), "red")  # a green square in the middle of a red photo: only the green remains
     photo.paste("lime", (50, 0, 350, 300))
     image = vae.celeb_transform(photo.rotate(90, expand=True) if turned else photo)
     assert image.shape == (3, 150, 150) and torch.equal(vae.celeb_transform1(image), image)

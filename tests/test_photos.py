@@ -1,4 +1,4 @@
-"""Photos that somebody else made: odd, broken and hostile files, and the names, archives and arrays they come in."""
+"""Tests of reading photos: unusual, broken and malicious files, file names, archives and arrays."""
 
 import collections
 import io
@@ -31,14 +31,14 @@ def encode(image, format, **options):
 
 
 def turned(orientation, name):
-    """Return FACE as a JPEG of a camera that was held so: the pixels turned, and the EXIF orientation."""
+    """Return FACE as a JPEG from a turned camera: transposed pixels and the EXIF orientation."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     return encode(FACE.transpose(Image.Transpose[name]), "JPEG", exif=exif)
 
 
 def with_alpha(image):
-    """Return an image of mode L or RGB with the alpha channel MASK, nonsense under its transparent parts."""
+    """Return an image of mode L or RGB with the alpha channel MASK, and noise under its transparent parts."""
     image = Image.composite(image, Image.effect_noise(image.size, 200).convert(image.mode), MASK)
     image.putalpha(MASK)
     return image
@@ -48,7 +48,7 @@ DEEP = Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257)
 BIG_ENDIAN = Image.frombytes("I;16B", GREY.size, (np.asarray(GREY).astype(">u2") * 257).tobytes())
 FRAMES = {"save_all": True, "append_images": [FACE.rotate(180), FACE.rotate(90)]}
 TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_90 TRANSVERSE ROTATE_270".split()
-TWINS = {  # name: (bytes of the file, what it shows)
+TWINS = {  # name: (file content, expected image)
     **{f"exif {number}.jpg": (turned(number, name), FACE) for number, name in enumerate(TURNS, start=2)},
     "progressive.jpg": (encode(FACE, "JPEG", progressive=True), FACE),
     "grey.jpg": (encode(GREY, "JPEG"), GREY),
@@ -72,7 +72,7 @@ TWINS = {  # name: (bytes of the file, what it shows)
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_odd_photos_are_read_right(name, tmp_path):
+def test_unusual_photos_are_read_correctly(name, tmp_path):
     data, shown = TWINS[name]
     (tmp_path / name).write_bytes(data)
     for channels, mode in ((3, "RGB"), (1, "L")):
@@ -87,22 +87,22 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path):
     draw_face(5, size=(1600, 1400)).save(tmp_path / "face.jpg")
     whole = read_image(tmp_path / "face.jpg")
     small = read_image(tmp_path / "face.jpg", 3, 32)
-    assert (whole.size, small.size) == ((1600, 1400), (200, 175))  # an eighth would do for 43 pixels
+    assert (whole.size, small.size) == ((1600, 1400), (200, 175))  # decoded at 1/8, enough for up to 43 pixels
     pixels = [np.asarray(vae.square_transform(32)(image)).astype(int) for image in (whole, small)]
     assert np.abs(pixels[0] - pixels[1]).mean() < 1
 
 
-BROKEN = {  # name: (bytes of the file, what is said of it)
+BROKEN = {  # name: (file content, part of the error message)
     "truncated.jpg": (TWINS["exif 6.jpg"][0][:4000], "image file is truncated"),
     "rotten.png": (TWINS["RGBA.png"][0][:-5000] + bytes(5000), "broken PNG file"),
-    "empty.jpg": (b"", "no picture in a known format: save it as JPEG"),
-    "program.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no picture"),  # Ghostscript would run it
-    "IMG_1.HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "no picture in a known format: save it as JPEG"),
-    "bomb.ppm": (b"P6 14000 14000 255\n", "196000000 pixels"),  # refused by its header: more is not there
+    "empty.jpg": (b"", "not a picture in a known format: save it as JPEG"),
+    "program.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),  # Ghostscript would run it
+    "IMG_1.HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "not a picture in a known format: save it as JPEG"),
+    "bomb.ppm": (b"P6 14000 14000 255\n", "196000000 pixels"),  # refused because of its header; there is no pixel data
 }
 
 
-def test_a_run_takes_what_can_be_read_and_names_the_rest(workplace, capsys):
+def test_unreadable_photos_are_listed_and_skipped(workplace, capsys):
     Path("odd").mkdir()
     for name, (data, _) in (TWINS | BROKEN).items():
         Path("odd", name).write_bytes(data)
@@ -117,7 +117,7 @@ def test_a_run_takes_what_can_be_read_and_names_the_rest(workplace, capsys):
 
 
 def write_zip(path, *names):
-    """Write a .zip archive of some files of the current folder, and return its bytes."""
+    """Write a .zip archive of some files in the current folder, and return its bytes."""
     with zipfile.ZipFile(path, "w") as archive:
         for name in names:
             archive.write(name)
@@ -139,7 +139,7 @@ def test_an_archive_is_read_in_place_like_the_folder(workplace):
 
 
 @pytest.mark.parametrize("broken", ["cut.zip", "text.zip", "cut.npy", "text.npy"])
-def test_files_that_are_no_archives_or_arrays(broken, workplace):
+def test_invalid_archives_and_arrays_are_refused(broken, workplace):
     np.save("good.npy", np.zeros((9, 24, 24), np.uint8))
     write_zip("good.zip", "faces/face 000.jpg")
     good = Path("good").with_suffix(broken[-4:]).read_bytes()
@@ -152,7 +152,7 @@ def test_files_that_are_no_archives_or_arrays(broken, workplace):
     ("dtype", "shape"),
     [(np.uint8, ()), (np.uint8, (1,)), (np.uint8, (3,)), (np.float32, ()), (np.float64, (3,)), (">f2", (1,))],
 )
-def test_arrays_are_photos(tmp_path, dtype, shape):
+def test_arrays_are_read_as_photos(tmp_path, dtype, shape):
     values = np.random.default_rng(0).integers(0, 256, (5, 24, 20, *shape), dtype=np.uint8)
     np.save(tmp_path / "faces.npy", values if dtype == np.uint8 else np.asfortranarray(values / 255).astype(dtype))
     found = [np.asarray(read_image(photo)) for photo in find_photos(tmp_path / "faces.npy")]
@@ -171,7 +171,7 @@ def test_arrays_are_photos(tmp_path, dtype, shape):
         (np.full((9, 24, 24), np.nan, np.float32), "not uint8 or [0, 1]"),
     ],
 )
-def test_arrays_that_are_no_photos(array, words, tmp_path, workplace):
+def test_arrays_without_photos_are_refused(array, words, tmp_path, workplace):
     np.save(tmp_path / "array.npy", array)
     said = refusal(run, "--data", str(tmp_path / "array.npy"))
     assert said.startswith(f"{tmp_path}/array.npy cannot be read as an archive or array of photos (")
@@ -179,7 +179,7 @@ def test_arrays_that_are_no_photos(array, words, tmp_path, workplace):
 
 
 def mutation(data, dice):
-    """Return the bytes of a file, some changed in its header or anywhere, some perhaps lost from its middle or end."""
+    """Return file bytes with some changed, in the header or anywhere, and some possibly cut from the middle or end."""
     data = bytearray(data)
     start = dice.randrange(len(data))
     for _ in range(dice.choice([1, 1, 5])):
@@ -189,7 +189,7 @@ def mutation(data, dice):
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
-def test_mutated_photos_are_an_image_or_the_one_error(count, tmp_path):
+def test_mutated_photos_give_an_image_or_a_user_error(count, tmp_path):
     names = list(TWINS)
     outcomes = collections.Counter()
     for number in range(count):

@@ -1,4 +1,4 @@
-"""What the READMEs say: their commands run, and the tests that they name are there."""
+"""Tests of the READMEs: their commands run, and the tests that they name exist."""
 
 import re
 import shlex
@@ -21,7 +21,7 @@ SMALL = "--epochs 1 --kl-warmup-epochs 0 --image-size 32 --hidden-dims 4 8 --lat
 
 
 def draw(place):
-    """Make what a command expects at a place: an array, archive or folder of photos, or a single one."""
+    """Create the input that a command expects at `place`: an array, archive or folder of photos, or a single photo."""
     if place.suffix == ".npy":
         np.save(place, np.random.default_rng(0).integers(0, 256, (6, 24, 24), dtype=np.uint8))
     elif place.suffix == ".zip":
@@ -52,6 +52,6 @@ def test_commands_run(command, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"\btest_\w+", TEXT))))
-def test_tests_that_are_named_exist(name):
+def test_named_tests_exist(name):
     sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     assert f"def {name}(" in sources or (ROOT / f"tests/{name}.py").exists()

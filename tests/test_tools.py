@@ -1,4 +1,4 @@
-"""What benchmark.py and judge.py print, as far as it can be known without a face recogniser and a quiet machine."""
+"""Tests of benchmark.py and judge.py, without a face recognition network and a quiet machine."""
 
 import math
 import re
@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from conftest import ROOT, TRAINED, generate
 
-TINY = "--count 64 --cached 40 --image-size 32 --hidden-dims 4 --matrix 16 --rounds 0 --device cpu".split()
+TINY = "--count 64 --cached 40 --image-size 32 --hidden-dims 4 --rounds 0 --device cpu".split()
 PEERS = ["--peers"] if find_spec("pythae") and find_spec("lightning") else []
 
 
 def measure(*flags):
-    """Return the figures that benchmark.py prints."""
+    """Return the results that benchmark.py prints."""
     command = [sys.executable, ROOT / "tests/benchmark.py", *TINY, *flags]
     lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300, check=True).stdout.splitlines()
     return {line[:50].strip(): float(line[50:]) for line in lines}
@@ -26,7 +26,7 @@ def measure(*flags):
 
 def test_benchmark_prints_a_line_for_each_figure():
     figures = measure(*PEERS)
-    assert len(figures) > 10 and all(0 < figure < math.inf for figure in figures.values())
+    assert len(figures) > 8 and all(0 < figure < math.inf for figure in figures.values())
 
 
 def test_benchmark_measures_the_time_to_quality():
@@ -43,19 +43,19 @@ def test_benchmark_takes_the_median_of_all_rounds_but_the_first(monkeypatch):
 
 
 @pytest.mark.parametrize("factor", [np.eye(3), np.diag([1, 2, 5]), np.array([[2, 1, 0], [1, 3, 1], [0, 1, 2]])])
-def test_frechet_distance_is_how_far_one_gaussian_moves_to_become_the_other(factor):
+def test_frechet_distance_is_the_optimal_transport_cost(factor):
     random = np.random.default_rng(0)
     one = random.standard_normal((10_000, 3)) @ random.standard_normal((3, 3))
-    other = one @ factor + [1, 2, 3]  # no other way is shorter, as the factor is symmetric and positive
+    other = one @ factor + [1, 2, 3]  # the optimal transport, because the factor is symmetric and positive definite
     assert judge.frechet_distance(one, other) == pytest.approx(np.square(one - other).sum(1).mean(), rel=1e-3)
 
 
 def stand_in(picture):
-    """Some of a picture's values in the place of a descriptor."""
+    """Return some of a picture's values as a stand-in for its descriptor."""
     return picture.reshape(-1)[::24].astype(float)
 
 
-def test_judge_prints_figures_of_the_pictures(workplace, monkeypatch, capsys):
+def test_judge_prints_metrics(workplace, monkeypatch, capsys):
     generate("--mode", "reconstruct")
     psnr = float(re.search(r"PSNR +(.*) dB", capsys.readouterr().out)[1])
     monkeypatch.setitem(sys.modules, "skimage.metrics", SimpleNamespace(structural_similarity=lambda *_, **__: 0.5))
@@ -68,4 +68,4 @@ def test_judge_prints_figures_of_the_pictures(workplace, monkeypatch, capsys):
     near, far = (float(re.search(words, said)[1]) for words in (r"Person +(.*) from a photo", " (.*) between photos"))
     assert 0 < near < far
     for figures in zip(*re.findall(r"^W = \S+ +(.*) grey levels .*, (.*) from", said, re.MULTILINE), strict=True):
-        assert len(figures) == 5 and sorted(figures, key=float) == list(figures)  # the larger W, the further
+        assert len(figures) == 5 and sorted(figures, key=float) == list(figures)  # they grow with W

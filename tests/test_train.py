@@ -1,4 +1,4 @@
-"""Training: losses, schedules, photos and their cache, steps, figures, and the files that a run leaves behind."""
+"""Tests of training: losses, schedules, optimizers, steps, metrics and the files that a run writes."""
 
 import copy
 import csv
@@ -33,7 +33,7 @@ def finished_run(path):
     return replace(train.new_run({}, torch.device("cpu")), average=model)
 
 
-def test_kl_divergence_is_that_of_torch():
+def test_kl_divergence_matches_torch():
     mu, log_var = torch.randn(2, 5, 7)
     expected = kl_divergence(Normal(mu, torch.exp(0.5 * log_var)), Normal(torch.zeros(5, 7), 1.0))
     torch.testing.assert_close(train.kl_divergence(mu, log_var), expected)
@@ -48,9 +48,11 @@ def test_squared_error_and_cross_entropy_are_sums_over_each_image():
     assert train.reconstruction_loss(recon.round(), 1 - recon.round(), "bce").isfinite().all()
 
 
-def test_structural_similarity_and_its_gradient_are_those_of_the_paper():
+def test_structural_similarity_and_its_gradient_match_the_paper():
     one = torch.rand(3, 2, 18, 18)
-    other = torch.cat([0.3 * one[:1] + 0.2, torch.rand(2, 2, 18, 18)]).requires_grad_()  # the first is only fainter
+    other = torch.cat(
+        [0.3 * one[:1] + 0.2, torch.rand(2, 2, 18, 18)]
+    ).requires_grad_()  # the first differs only in contrast and brightness
     x, y = (images.double().unfold(2, 8, 4).unfold(3, 8, 4).flatten(4) for images in (one, other))
     mx, my = x.mean(-1), y.mean(-1)
     variances = x.var(-1, correction=0) + y.var(-1, correction=0)
@@ -82,11 +84,11 @@ def test_orthogonalize_maps_singular_values_by_four_polynomials(shape):
     torch.testing.assert_close(train.orthogonalize(scales * matrix), expected.expand(3, *shape), atol=1e-3, rtol=0)
     rounded = train.orthogonalize(matrix.bfloat16()[None])[0].float()
     assert (rounded - expected).norm() < 0.1 * expected.norm()
-    for exponent in range(-40, 9):  # no less than a gradient that vanishes
+    for exponent in range(-40, 9):  # including vanishing gradients
         assert torch.linalg.matrix_norm(train.orthogonalize(matrix[None] * 10.0**exponent), 2) < 1.3
 
 
-def test_muon_is_that_of_torch():
+def test_muon_matches_torch():
     newton_schulz = torch.optim._muon._zeropower_via_newtonschulz
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 4, 3, 3), (40, 8), (8, 40))]
     theirs = [torch.nn.Parameter(weight.detach().flatten(1)) for weight in copy.deepcopy(ours)]
@@ -104,13 +106,13 @@ def test_muon_is_that_of_torch():
         torch.testing.assert_close(one.flatten(1), other, atol=5e-3, rtol=0)  # theirs rounds to bfloat16
 
 
-def test_augment_moves_each_photo_by_an_affine_map_of_its_own():
+def test_augment_applies_a_different_affine_map_to_each_photo():
     torch.manual_seed(0)
     vars(train).update(FLIP=False, AUGMENT=0.1)
     x, y = torch.meshgrid(*(2 * [torch.linspace(-31, 31, 32) / 32]), indexing="xy")
-    ramps = 0.5 + 0.3 * torch.stack([x, y])  # images whose values tell where they come from
+    ramps = 0.5 + 0.3 * torch.stack([x, y])  # images whose values encode their coordinates
     moved = (train.augment(ramps.expand(200, -1, -1, -1)) - 0.5) / 0.3
-    inner = slice(8, 24)  # what has not come from beyond the edges
+    inner = slice(8, 24)  # pixels that do not come from beyond the edges
     places = torch.stack([x, y, torch.ones(32, 32)])[:, inner, inner].flatten(1)
     maps = moved[:, :, inner, inner].flatten(2) @ torch.linalg.pinv(places)
     torch.testing.assert_close(maps @ places, moved[:, :, inner, inner].flatten(2), atol=0.01, rtol=0)
@@ -123,7 +125,7 @@ def test_augment_moves_each_photo_by_an_affine_map_of_its_own():
 
 
 @pytest.mark.parametrize("count, fraction, ranks, held_out", [(1000, 0.05, 1, 50), (3, 0.0, 1, 1), (7, 0.9, 3, 1)])
-def test_the_split_is_disjoint_and_drawn_by_the_seed(count, fraction, ranks, held_out):
+def test_the_split_is_disjoint_and_depends_on_the_seed(count, fraction, ranks, held_out):
     vars(train).update(VAL_FRACTION=fraction, world_size=ranks)
     train_set, val_set = train.split_photos(count)
     assert len(val_set) == held_out
@@ -134,11 +136,11 @@ def test_the_split_is_disjoint_and_drawn_by_the_seed(count, fraction, ranks, hel
 
 def test_two_photos_are_too_few(workplace):
     draw_faces(Path("few"), 2)
-    assert "A run needs 3 usable photos and has 2." in refusal(run, "--data", "few")
+    assert "Training needs at least 3 usable photos and has 2." in refusal(run, "--data", "few")
 
 
 @pytest.mark.parametrize(("kind", "flip", "share"), [("mse", True, 0.0), ("ssim", True, 0.0), ("bce", False, 0.1)])
-def test_a_step_is_that_of_the_formulas(kind, flip, share):
+def test_a_step_matches_the_formulas(kind, flip, share):
     vars(train).update(RECONSTRUCTION=kind, FLIP=flip, EPOCHS=10, KL_WARMUP_EPOCHS=5.0, AMP=False, AUGMENT=share)
     model = vae.VAE(16, 1, [4], 3)
     other = copy.deepcopy(model)
@@ -161,7 +163,7 @@ def test_a_step_is_that_of_the_formulas(kind, flip, share):
     torch.testing.assert_close([*model.parameters()], [*other.parameters()])
 
 
-def test_the_average_of_weights_lags_by_an_eleventh_of_all_steps_at_first_and_by_49_later():
+def test_the_weight_average_lags_by_an_eleventh_of_the_steps_and_later_by_49():
     mean, value = torch.zeros(2, 1)
     lags = []
     for step in range(1000):
@@ -171,16 +173,8 @@ def test_the_average_of_weights_lags_by_an_eleventh_of_all_steps_at_first_and_by
     assert [lags[step] for step in (0, 110, 999)] == pytest.approx([0, 10, 49], abs=0.1)
 
 
-def test_the_average_covers_weights_and_statistics_but_not_the_prior(workplace):
-    new = finished_run(TRAINED)
-    means, values = new.averaged
-    names = {name for name, tensor in new.model.state_dict().items() if tensor.is_floating_point()}
-    assert len(means) == len(values) == len(names - {"latent_mean", "latent_scale"})
-    assert means[0].data_ptr() != values[0].data_ptr() == new.model.encoder[0][0].weight.data_ptr()
-
-
 @pytest.mark.parametrize("count, size, ranks, shape", [(21, 8, 1, (3, 8)), (5, 8, 1, (1, 5)), (5, 8, 2, (1, 6))])
-def test_each_epoch_takes_all_photos_in_another_order_in_batches_of_one_size(count, size, ranks, shape):
+def test_each_epoch_shuffles_all_photos_into_batches_of_equal_size(count, size, ranks, shape):
     vars(train).update(BATCH_SIZE=size, world_size=ranks)
     train_set = torch.arange(100, 100 + count)
     first, second = [train.batches_of(train_set, epoch) for epoch in (0, 1)]
@@ -191,7 +185,7 @@ def test_each_epoch_takes_all_photos_in_another_order_in_batches_of_one_size(cou
 
 
 class CountOperations(TorchDispatchMode):
-    """Counts what would be launches on a GPU: all operations that neither only look at memory nor allocate it."""
+    """Count the operations that would be GPU launches: all except views and allocations."""
 
     free = "detach view permute t expand _unsafe_view transpose unsqueeze diagonal select split unbind alias".split()
     count = 0
@@ -203,7 +197,7 @@ class CountOperations(TorchDispatchMode):
 
 
 def step_on(device):
-    """Return a default model on a device, and a function that takes a step on two images, as train_epoch does."""
+    """Return a default model on a device, and a function that runs a step on two images, as train_epoch does."""
     with torch.device(device):
         model = vae.VAE()
         images = torch.rand(2, 3, 150, 150)
@@ -245,7 +239,7 @@ def test_all_tensors_of_a_step_are_on_the_gpu(monkeypatch):
 
 
 def test_golden_run(workplace):
-    """The losses of a short run: another term, schedule, order of photos or flip changes them by more than 0.1 %."""
+    """Check the losses of a short run: another loss term, schedule, photo order or flip shifts them by over 0.1%."""
     recipe = "--reconstruction=ssim --kl-warmup-epochs=2 --beta=0.5 --learning-rate=0.03 --no-amp".split()
     run("--epochs", "3", "--output-dir", "golden", *recipe)
     with open("golden/history.csv") as file:
@@ -265,14 +259,14 @@ def test_an_all_white_picture_has_a_finite_loss(kind):
 
 
 @pytest.mark.parametrize("kind", ["mse", "ssim", "bce"])
-def test_a_loss_that_explodes_ends_the_run_with_a_sentence(workplace, kind):
+def test_an_exploding_loss_ends_the_run_with_a_one_line_error(workplace, kind):
     before = Path(TRAINED).read_bytes()
     said = refusal(run, "--epochs", "8", "--learning-rate", "1e12", "--reconstruction", kind)
     assert "The loss at step 5 of epoch 1 is not finite: lower LEARNING_RATE" in said
     assert Path(TRAINED).read_bytes() == before
 
 
-def test_a_compiler_that_is_missing_does_not_stop_the_run(workplace):
+def test_a_missing_compiler_does_not_stop_the_run(workplace):
     flags = ["--data", "faces", *SMALL, "--epochs", "1", "--output-dir"]
     train.main([*flags, "uncompiled"])
     nowhere = {**os.environ, "PATH": "", "CXX": "missing", "TORCHINDUCTOR_CACHE_DIR": str(workplace / "none")}
@@ -303,7 +297,7 @@ def test_files_of_a_run(trained):
     assert {path.name for path in (trained / "checkpoints_best").rglob("*.*")} == pictures | others
 
 
-def test_the_checkpoint_holds_the_best_epoch_and_describes_itself(workplace):
+def test_the_checkpoint_contains_the_best_epoch_and_its_settings(workplace):
     run("--epochs", "3", "--reconstruction", "ssim", "--no-amp", "--output-dir", "out")
     rows = np.genfromtxt("out/history.csv", delimiter=",", names=True)
     best = rows[rows["val_loss"].argmin()]
@@ -311,7 +305,7 @@ def test_the_checkpoint_holds_the_best_epoch_and_describes_itself(workplace):
     _, info = vae.load_checkpoint("out/vae_model_3.pth")
     assert [info[name] for name in rows.dtype.names] == list(best)
     assert info["constants"]["LEARNING_RATE"] == 0.1
-    assert not {"DATA", "OUTPUT_DIR"} & info["constants"].keys()  # it may go to others
+    assert not {"DATA", "OUTPUT_DIR"} & info["constants"].keys()  # the file may be published
     new = finished_run("out/vae_model_3.pth")
     figures, *_ = train.validate(new)
     assert figures["val_loss"] == pytest.approx(best["val_loss"], rel=1e-4)
@@ -326,7 +320,7 @@ def test_the_prior_is_fitted_to_the_codes_of_the_training_photos(workplace):
     torch.testing.assert_close(new.average.latent_scale @ new.average.latent_scale.T, covariance, atol=1e-3, rtol=1e-3)
 
 
-def test_pictures_of_an_epoch_show_photos_over_their_reconstructions_and_samples(workplace):
+def test_pictures_of_an_epoch_show_photos_above_reconstructions_and_samples(workplace):
     new = finished_run("checkpoints_best/last.pth")
     photos = new.pixels[new.val_set].permute(0, 3, 1, 2) / 255
     reconstructions = new.average.decode(new.average.encode(photos)[0])
@@ -340,23 +334,22 @@ def test_pictures_of_an_epoch_show_photos_over_their_reconstructions_and_samples
 
 
 @pytest.mark.parametrize(("count", "flags"), [(3, []), (9, ["--latent-dim", "1"]), (9, ["--channels", "1"])])
-def test_a_picture_of_the_latent_space_is_drawn_of_any_run(workplace, count, flags):
+def test_the_latent_space_is_plotted_for_any_run(workplace, count, flags):
     draw_faces(Path("few"), count)
     run("--data", "few", "--epochs", "1", *flags)
     assert Image.open("checkpoints_best/latent_space.png").size == (1320, 660)
 
 
 @pytest.mark.parametrize(("beta", "collapses"), [("1e4", True), ("0", False)])
-def test_a_run_says_that_its_posterior_has_collapsed(workplace, capsys, beta, collapses):
+def test_a_collapsed_posterior_is_reported(workplace, capsys, beta, collapses):
     run("--epochs", "6", "--beta", beta)
     said = capsys.readouterr().out
     last = re.findall(r"Epoch  6/6.*", said)[0]
-    assert ("COLLAPSED: all photos look alike; lower BETA" in last) == collapses
-    assert ("Next        more epochs or photos, or a lower BETA" in said) == collapses
+    assert ("COLLAPSED: all reconstructions look alike; lower BETA" in last) == collapses
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="has no cp")
-def test_files_of_earlier_runs_move_away_and_undo_brings_the_checkpoint_back(workplace, capsys, monkeypatch):
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no cp")
+def test_earlier_files_are_backed_up_and_undo_restores_the_checkpoint(workplace, capsys, monkeypatch):
     out = Path("a run's folder")
     run("--epochs", "1", "--output-dir", str(out))
     assert "Undo" not in capsys.readouterr().out
