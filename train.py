@@ -485,13 +485,13 @@ def log_line(row, is_best):
     quality = f"PSNR {row['val_psnr']:.2f} dB  {row['images_per_second']:.1f} images/s"
     remark = "  best so far" if is_best else ""
     if has_collapsed(row):
-        remark = "  COLLAPSED: all reconstructions look alike; lower BETA or raise KL_WARMUP_EPOCHS"
+        remark = "  COLLAPSED: all reconstructions look alike; train longer or lower BETA"
     return f"Epoch {row['epoch']:2d}/{EPOCHS}  {losses}  {quality}{remark}"
 
 
 def has_collapsed(row):
-    """Return whether training and validation KL are below 1 nat; early in a small run, validation alone may be."""
-    return max(row["train_kl"], row["val_kl"]) < 1
+    """Return whether the codes of the validation photos say almost nothing: less than 1 nat."""
+    return row["val_kl"] < 1
 
 
 # Files of a run
@@ -546,11 +546,10 @@ def back_up():
 def save_last(run):
     """Write last.pth, everything that --resume needs; raises UserError if a weight of the average is not finite."""
     position = {name: getattr(run, name) for name in ("epoch", "step", "seconds", "sums", "history")}
-    states = [optimizer.state_dict() for optimizer in run.optimizers]
-    state = {"optimizers": states, "constants": run.settings, "position": position}
-    vae.save_checkpoint(
-        Path(OUTPUT_DIR, "last.pth"), run.average, format=FORMAT, raw_state_dict=run.model.state_dict(), **state
-    )
+    state = {"format": FORMAT, "constants": run.settings, "position": position}
+    state["raw_state_dict"] = run.model.state_dict()
+    state["optimizers"] = [optimizer.state_dict() for optimizer in run.optimizers]
+    vae.save_checkpoint(Path(OUTPUT_DIR, "last.pth"), run.average, **state)
 
 
 def resume(run):
@@ -688,7 +687,7 @@ def describe_run(run):
     print(f"Split       {len(run.train_set):,} training photos, {len(run.val_set):,} validation photos")
     print(f"Model       {IMAGE_SIZE}x{IMAGE_SIZE}x{CHANNELS}, latent {LATENT_DIM}, {parameters:,} parameters")
     if RESUME:
-        print(f"Resuming    after {run.epoch} of {EPOCHS} epochs and {run.step} steps of the next")
+        print(f"Resuming    after epoch {run.epoch} of {EPOCHS} and step {run.step} of the next")
     processes = f"{world_size} x {run.device.type} ({name})"
     print(f"Device      {processes}, {kind}, {compiled}, batches of {BATCH_SIZE}", flush=True)
 
@@ -700,7 +699,7 @@ def describe_result(run):
     choice = [] if path == Path("checkpoints_best/vae_model_20.pth") else ["--checkpoint", str(path)]
     print(f"Done        The weights of epoch {best['epoch']}, {best['val_psnr']:.2f} dB, are in {path}")
     latents = "collapsed" if has_collapsed(best) else f"{best['active_units']} of {LATENT_DIM} active"
-    print(f"Latents     {latents}, {best['val_kl']:.0f} nats of KL divergence")
+    print(f"Latents     {latents}, {best['val_kl']:.1f} nats of KL divergence")
     print(f"Next        {command_line('python', 'genpic.py', *choice)}")
 
 

@@ -81,7 +81,7 @@ def median_face_box(pictures):
     """
     found = [find_faces(Image.fromarray(picture.squeeze())) for picture in pictures]
     boxes = [faces[0] for faces in found if faces]
-    print(f"Faces       found in {len(boxes)} of {len(pictures)} training photos")
+    print(f"Faces       found in {len(boxes)} of the first {len(pictures)} training photos")
     if len(boxes) < len(pictures) / 2:
         return None
     return (np.median(boxes, axis=0) / pictures.shape[1]).round(4).tolist()

@@ -133,7 +133,7 @@ def read_image(photo, channels=3, size=None):
         reraise_shortage(error)
         reason = getattr(error, "strerror", None) or error
         if isinstance(error, UnidentifiedImageError):
-            reason = "not a picture in a known format: save it as JPEG"
+            reason = "not a picture in a known format, such as JPEG or PNG"
         raise UserError(f"{photo} cannot be read as an image ({reason}).") from None
 
 

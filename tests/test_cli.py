@@ -64,7 +64,7 @@ def test_a_signal_saves_the_run_and_the_printed_command_continues_it(number, cod
     assert complaints == "\nStopping after this step; press Ctrl-C again to stop immediately.\n"
     epoch, command = re.search(r"Stopped     in epoch (\d+)\. To continue: python (.*)\n$", said).groups()
     again = start(folder, *shlex.split(command))
-    assert any(f"Resuming    after {int(epoch) - 1} of 1000 epochs" in line for line in again.stdout)
+    assert any(f"Resuming    after epoch {int(epoch) - 1} of 1000" in line for line in again.stdout)
     assert any(f"Epoch {int(epoch):2d}/1000" in line for line in again.stdout)
     os.killpg(again.pid, signal.SIGKILL)
 

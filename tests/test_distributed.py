@@ -71,7 +71,7 @@ def test_a_run_with_a_killed_process_ends_and_resumes_after_its_last_complete_ep
     assert process.wait(timeout=300) != 0
     epoch = vae.load_checkpoint(folder / "killed/last.pth")[1]["position"]["epoch"]
     again = start(folder, *TWO, *command, "--resume")
-    assert epoch >= 2 and any(f"after {epoch} of 1000 epochs and 0 steps" in line for line in again.stdout)
+    assert epoch >= 2 and any(f"after epoch {epoch} of 1000 and step 0" in line for line in again.stdout)
     assert any(f"Epoch {epoch + 1:2d}/1000" in line for line in again.stdout)
     again.terminate()
 

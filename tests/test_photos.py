@@ -95,9 +95,9 @@ def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path):
 BROKEN = {  # name: (file content, part of the error message)
     "truncated.jpg": (TWINS["exif 6.jpg"][0][:4000], "image file is truncated"),
     "rotten.png": (TWINS["RGBA.png"][0][:-5000] + bytes(5000), "broken PNG file"),
-    "empty.jpg": (b"", "not a picture in a known format: save it as JPEG"),
+    "empty.jpg": (b"", "not a picture in a known format, such as JPEG or PNG"),
     "program.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),  # Ghostscript would run it
-    "IMG_1.HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "not a picture in a known format: save it as JPEG"),
+    "IMG_1.HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "not a picture in a known format, such as JPEG or PNG"),
     "bomb.ppm": (b"P6 14000 14000 255\n", "196000000 pixels"),  # refused because of its header; there is no pixel data
 }
 

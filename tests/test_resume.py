@@ -134,7 +134,7 @@ def test_a_stopped_run_resumes_to_the_same_result(workplace, whole, monkeypatch,
     assert stop.value.code == 128 + number
     train.stop_signals.clear()
     run(*RUN, "--output-dir", "parts", "--resume")
-    assert f"after {at // 5} of 3 epochs and {at % 5 + 1} steps of the next" in capsys.readouterr().out
+    assert f"after epoch {at // 5} of 3 and step {at % 5 + 1} of the next" in capsys.readouterr().out
     assert_same_run(Path("parts"), whole)
 
 
