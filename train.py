@@ -70,8 +70,8 @@ MAY_CHANGE = {"DATA", "OUTPUT_DIR", "RESUME", "DEVICE", "AMP", "COMPILE"}  # set
 LOSSES = ("loss", "reconstruction", "kl")  # columns of history.csv
 
 # torchrun starts several processes: each trains on its part of every batch, and rank 0 does everything else alone
-rank = int(os.environ.get("RANK", 0))
-world_size = int(os.environ.get("WORLD_SIZE", 1))
+world_size = int(os.environ.get("WORLD_SIZE") or 1)
+rank = int(os.environ.get("RANK", 0)) if world_size > 1 else 0
 
 
 # Losses per image, summed over pixels and latents
@@ -279,8 +279,9 @@ def can_compile(device):
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:  # compilers fail in many ways
-        reason = next(line for line in str(error).splitlines() if line)
-        print(f"Warning     The model cannot be compiled, so training is slower ({reason}).")
+        reason = next(filter(None, str(error).splitlines()), type(error).__name__)
+        if rank == 0:
+            print(f"Warning     The model cannot be compiled, so training is slower ({reason}).")
         return False
     torch._dynamo.config.suppress_errors = True  # code that still fails to compile runs uncompiled, with a warning
     return True
@@ -347,8 +348,8 @@ def stopping_after_the_step():
         if stop_signals:
             raise KeyboardInterrupt
         stop_signals.append(number)
-        # print() is not safe in a handler
-        os.write(2, b"\nStopping after this step; press Ctrl-C again to stop immediately.\n")
+        with suppress(OSError):  # Ctrl-C may have ended the reader of a pipe; print() is not safe here
+            os.write(2, b"\nStopping after this step; press Ctrl-C again to stop immediately.\n")
 
     stop_signals.clear()
     handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -469,6 +470,7 @@ def finish_epoch(run, count):
     row = {"epoch": run.epoch + 1, **means, **figures, **speed}
     is_best = row["val_loss"] < min((earlier["val_loss"] for earlier in run.history), default=math.inf)
     run.history.append(row)
+    back_up(run)
     if is_best:
         constants = {name: value for name, value in run.settings.items() if name not in MAY_CHANGE}
         vae.save_checkpoint(checkpoint_path(), run.average, constants=constants, **row)
@@ -506,11 +508,11 @@ def lock_output():
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / ".lock").acquire(timeout=0)
+        for partial in [*out.glob(".*.[0-9]*.tmp"), *out.glob("progress/.*.[0-9]*.tmp")]:
+            partial.unlink()
     except (Timeout, OSError) as error:
         reason = "another run is using it" if isinstance(error, Timeout) else error.strerror
         raise UserError(f"{out} cannot be written to ({reason}): choose another --output-dir.") from None
-    for partial in [*out.glob(".*.[0-9]*.tmp"), *out.glob("progress/.*.[0-9]*.tmp")]:
-        partial.unlink()
     return lock
 
 
@@ -523,24 +525,27 @@ def warn_on_failure():
         print(f"Warning     {error}")
 
 
-def back_up():
-    """Move the files of an earlier run to OUTPUT_DIR/previous-N, and copy the checkpoint that this run replaces."""
+def back_up(run):
+    """Before a new run's first file, move those of an earlier run to OUTPUT_DIR/previous-N, and copy its checkpoint."""
+    if RESUME or run.epoch > 0:
+        return
     out = Path(OUTPUT_DIR)
     names = ("last.pth", "history.csv", "loss_curves.png", "latent_space.png", "progress")
     earlier = [out / name for name in names if (out / name).exists()]
     if not earlier and not checkpoint_path().exists():
         return
     backup = next(path for number in itertools.count(1) if not (path := out / f"previous-{number}").exists())
-    print(f"Backup      moved earlier files to {backup}")
-    if checkpoint_path().exists():  # copied, not moved, so that genpic.py keeps working
-        with vae.atomic_write(backup / checkpoint_path().name) as file:
-            file.write(checkpoint_path().read_bytes())
-        undo = command_line("copy" if os.name == "nt" else "cp", str(backup / checkpoint_path().name), OUTPUT_DIR)
-        print(f"Undo        To restore the previous model later: {undo}")
-    backup.mkdir(exist_ok=True)
+    backup.mkdir()
     for path in earlier:
         with warn_on_failure():  # Windows cannot move a file that a program has open
             shutil.move(path, backup)
+    print(f"Backup      of earlier files in {backup}")
+    if checkpoint_path().exists():  # copied, not moved, so that genpic.py keeps working
+        copied = backup / checkpoint_path().name
+        with vae.atomic_write(copied) as file:
+            file.write(checkpoint_path().read_bytes())
+        undo = command_line("copy" if os.name == "nt" else "cp", str(copied), OUTPUT_DIR)
+        print(f"Undo        To restore the previous model later: {undo}")
 
 
 def save_last(run):
@@ -633,16 +638,17 @@ def train(run, flags):
     """Train until the last epoch or a stop signal; `flags` are the flags that this run was started with."""
     while run.epoch < EPOCHS:
         count = train_epoch(run)
-        if rank == 0 and run.epoch == 0 and not RESUME:
-            back_up()  # just before this run's first file
         if stop_signals:
+            back_up(run)
             save_last(run)
             script = sys.argv[0] if __name__ == "__main__" else "train.py"
             command = command_line("python", script, *(flag for flag in flags if flag != "--resume"), "--resume")
             print(f"Stopped     in epoch {run.epoch + 1}. To continue: {command}", flush=True)
             raise SystemExit(128 + stop_signals[0])
-        if rank == 0:
-            line = finish_epoch(run, count)
+        try:
+            line = finish_epoch(run, count) if rank == 0 else None
+        except torch.linalg.LinAlgError:
+            raise UserError(f"The weights of epoch {run.epoch + 1} are too large: lower LEARNING_RATE.") from None
         vars(run).update(epoch=run.epoch + 1, step=0, seconds=0.0, sums=[0.0] * 3)
         if rank == 0:
             save_last(run)  # last, after the files it describes
@@ -651,6 +657,9 @@ def train(run, flags):
 
 def check_settings():
     """Raise UserError for a constant with an invalid value."""
+    for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if world_size > 1 and name not in os.environ:
+            raise UserError(f"WORLD_SIZE is {world_size} but {name} is not set: start the processes with torchrun.")
     require(IMAGE_SIZE >= 16, "IMAGE_SIZE", IMAGE_SIZE, "at least 16")
     require(CHANNELS in (1, 3), "CHANNELS", CHANNELS, "3 (colour) or 1 (grey)")
     require(LATENT_DIM >= 1, "LATENT_DIM", LATENT_DIM, "at least 1")
@@ -661,9 +670,9 @@ def check_settings():
     fits = 2 * world_size <= BATCH_SIZE and BATCH_SIZE % world_size == 0
     require(fits, "BATCH_SIZE", BATCH_SIZE, f"at least 2 for each process, and a multiple of {world_size}")
     require(0 <= AUGMENT <= 0.5, "AUGMENT", AUGMENT, "from 0 to 0.5")
-    require(0 < LEARNING_RATE < math.inf, "LEARNING_RATE", LEARNING_RATE, "a positive number")
+    require(0 < LEARNING_RATE < 1e30, "LEARNING_RATE", LEARNING_RATE, "a positive number below 1e30")
     require(RECONSTRUCTION in ("mse", "ssim", "bce"), "RECONSTRUCTION", RECONSTRUCTION, '"mse", "ssim" or "bce"')
-    require(0 <= BETA < math.inf, "BETA", BETA, "at least 0")
+    require(0 <= BETA < 1e30, "BETA", BETA, "at least 0 and below 1e30")
     require(0 <= KL_WARMUP_EPOCHS <= EPOCHS, "KL_WARMUP_EPOCHS", KL_WARMUP_EPOCHS, f"from 0 to EPOCHS ({EPOCHS})")
     require(SEED >= 0, "SEED", SEED, "at least 0")
     require(world_size == 1 or ":" not in DEVICE, "DEVICE", DEVICE, '"auto" or "cpu" with torchrun')
@@ -671,10 +680,7 @@ def check_settings():
     out = Path(OUTPUT_DIR).resolve()
     require(Path(DATA).resolve() not in (out, *out.parents), "OUTPUT_DIR", OUTPUT_DIR, "a folder outside DATA")
     require(CROP != "face" or face_detector(), "CROP", CROP, '"center" or "LEFT TOP SIZE" unless dlib is installed')
-    missing = [name for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if name not in os.environ]
-    if world_size > 1 and missing:
-        raise UserError(f"WORLD_SIZE is {world_size} but {missing[0]} is not set: start the processes with torchrun.")
-    if RESUME and not (out / "last.pth").exists():
+    if RESUME and not os.path.isfile(out / "last.pth"):
         raise UserError(f"There is no {OUTPUT_DIR}/last.pth to resume: drop --resume, or set its --output-dir.")
 
 

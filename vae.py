@@ -175,7 +175,7 @@ def load_checkpoint(path, device="cpu"):
 
 def read_checkpoint(path):
     """Return the contents of a torch.save file: tensors, plain types, modules; raises UserError for anything else."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f"There is no checkpoint {path}: train one with `python train.py`, or set --checkpoint.")
     layers = (nn.Sequential, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.LeakyReLU, nn.Linear, nn.Sigmoid)
     shells = [(nn.Module, f"{layer.__module__}.{layer.__name__}") for layer in layers]  # loads weights without methods
@@ -229,6 +229,8 @@ def atomic_write(path):
             file.flush()
             os.fsync(file.fileno())  # otherwise a power failure could leave an empty file
         os.replace(partial, path)
+    except BrokenPipeError:  # from a print() in the block
+        raise
     except OSError as error:
         reason = (error.strerror or str(error)).strip().rpartition("\n")[2]  # worker processes send tracebacks
         raise UserError(f"{path} cannot be written ({reason}).") from None
@@ -266,8 +268,8 @@ def run_script(main):
         if os.environ.get("RANK", "0") != "0":
             time.sleep(10)  # rank 0 reports what all ranks run into, as torchrun then ends the others
         sys.exit(f"{name}: {error}")
-    except torch.OutOfMemoryError:
-        sys.exit(f"{name}: The GPU is out of memory: lower BATCH_SIZE or IMAGE_SIZE, or use --device cpu.")
+    except (torch.OutOfMemoryError, MemoryError):
+        sys.exit(f"{name}: Memory ran out: lower BATCH_SIZE or IMAGE_SIZE, or use --device cpu if it was a GPU's.")
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader closed the pipe, as in `python train.py | head -1`
@@ -304,5 +306,5 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise UserError(f'DEVICE is {name!r}, which is not available on this machine; "auto" always works.') from None

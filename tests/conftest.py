@@ -31,16 +31,10 @@ TRAINED = "checkpoints_best/vae_model_8.pth"
 
 @contextmanager
 def untouched_scripts():
-    """Restore the scripts' constants and signal handlers after the block."""
-    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
-    try:
-        with mock.patch.dict(vars(train)), mock.patch.dict(vars(genpic)):
-            yield
-    finally:
-        for number, handler in handlers:
-            signal.signal(number, handler)
-        train.stop_signals.clear()
-        open_container.cache_clear()  # tests reuse the same relative paths
+    """Restore the scripts' constants after the block."""
+    with mock.patch.dict(vars(train)), mock.patch.dict(vars(genpic)):
+        yield
+    open_container.cache_clear()  # tests reuse the same relative paths
 
 
 @pytest.fixture(autouse=True)

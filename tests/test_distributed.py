@@ -76,30 +76,12 @@ def test_a_run_with_a_killed_process_ends_and_resumes_after_its_last_complete_ep
     again.terminate()
 
 
-@pytest.mark.parametrize(
-    ("flag", "words"),
-    [
-        ("--batch-size=9", "BATCH_SIZE is 9"),
-        ("--data=nowhere", "nowhere does"),
-        ("--device=cpu:0", "DEVICE is 'cpu:0'"),
-    ],
-)
-def test_errors_are_reported_once(flag, words, folder):
-    complaints = start(folder, *TWO, ROOT / "train.py", *RUN, flag).communicate(timeout=300)[1]
-    assert complaints.count("train.py: ") == complaints.count(words) == 1
+def test_errors_are_reported_once(folder):
+    complaints = start(folder, *TWO, ROOT / "train.py", *RUN, "--data=nowhere").communicate(timeout=300)[1]
+    assert complaints.count("train.py: ") == complaints.count("nowhere does not exist") == 1
 
 
 def test_processes_not_started_by_torchrun_are_refused(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(train, "world_size", 2)
     assert "RANK is not set: start the processes with torchrun" in refusal(train.main, RUN)
-
-
-def test_more_processes_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    monkeypatch.setattr(train, "world_size", 3)
-    monkeypatch.setattr(train, "DEVICE", "auto")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(vae.UserError, match="--nproc-per-node is 3: it must be at most 2"):
-        train.set_up_device()

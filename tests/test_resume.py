@@ -132,7 +132,6 @@ def test_a_stopped_run_resumes_to_the_same_result(workplace, whole, monkeypatch,
         signal_in_step(patch, at, number)
         run(*RUN, "--output-dir", "parts")
     assert stop.value.code == 128 + number
-    train.stop_signals.clear()
     run(*RUN, "--output-dir", "parts", "--resume")
     assert f"after epoch {at // 5} of 3 and step {at % 5 + 1} of the next" in capsys.readouterr().out
     assert_same_run(Path("parts"), whole)
@@ -196,7 +195,7 @@ def test_a_full_disk_gives_a_one_line_error_and_old_files_stay_intact(workplace,
 def test_a_picture_or_table_that_cannot_be_written_is_a_warning(workplace, monkeypatch, capsys):
     Path("out/history.csv").mkdir(parents=True)
     Path("out/progress").touch()
-    monkeypatch.setattr(train, "back_up", lambda: None)
+    monkeypatch.setattr(train, "back_up", lambda run: None)
     run("--epochs", "2", "--output-dir", "out")
     said = capsys.readouterr().out
     assert said.count("Warning     out/history.csv cannot be written") == said.count("Warning     out/progress/") == 2

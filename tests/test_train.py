@@ -365,10 +365,3 @@ def test_earlier_files_are_backed_up_and_undo_restores_the_checkpoint(workplace,
         assert (out / "vae_model_1.pth").read_bytes() == before["vae_model_1.pth"]
     monkeypatch.setattr(os, "name", "nt")
     assert train.command_line("copy", "a run", "b") == 'copy "a run" b'
-
-
-def test_no_amp_means_float32_throughout(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    train.AMP = False
-    device = train.set_up_device()
-    assert train.precision(device) == torch.float32 and not torch.backends.cudnn.allow_tf32
