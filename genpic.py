@@ -38,7 +38,7 @@ SWEEP = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # the W of each row of "sweep"
 
 # From photos to codes
 def find_sources():
-    """Return the Photos at IMAGE and IMAGE_TO, as far as MODE uses them; raises UserError if either has none."""
+    """Return the Photos at IMAGE and IMAGE_TO, where MODE uses them; raises UserError if either has none."""
     if MODE == "sample" or (MODE == "interpolate" and not IMAGE_TO):
         return []
     places = [place for place in (IMAGE, IMAGE_TO) if place]
@@ -79,7 +79,7 @@ def encode_first(model, photos):
     mu, _ = model.encode(image)
     recon = model.decode(mu)
     psnr = vae.psnr((recon - image).square().sum().item(), image.numel())
-    print(f"Photo       {photo}, {psnr:.2f} dB PSNR of its reconstruction")
+    print(f"Photo       {photo}, reconstructed with a PSNR of {psnr:.2f} dB")
     return image, mu, recon
 
 
@@ -205,7 +205,7 @@ def check_settings():
 
 
 def fall_back_to_script_folder(given):
-    """If CHECKPOINT or IMAGE is not in the current folder and not a flag, use the one in this script's folder."""
+    """If CHECKPOINT or IMAGE is neither in the current folder nor set by a flag, use the one in the script's folder."""
     for name in [name for name in ("CHECKPOINT", "IMAGE") if name not in given]:
         path = Path(__file__).parent / globals()[name]
         if not Path(globals()[name]).exists() and path.exists():

@@ -113,9 +113,9 @@ def kl_divergence(mu, log_var):
     return 0.5 * (mu.square() + log_var.exp() - log_var - 1)
 
 
-# Schedules, functions of progress (the fraction of the run's steps that is complete), and seeds
+# Schedules (functions of progress, the fraction of the run's steps that is complete) and seeds
 def one_cycle(progress):
-    """Fraction of the peak learning rate: rises linearly over the first 2 % of the run, then falls linearly to 0."""
+    """Fraction of the peak learning rate: rises linearly over the first 2% of the run, then falls linearly to 0."""
     return min(progress / 0.02, (1 - progress) / 0.98)
 
 
@@ -157,8 +157,8 @@ def newton_schulz(gram, matrices):
 class Muon(torch.optim.Optimizer):
     """Orthogonalized momentum with decoupled weight decay (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    A weight (M, ...) is treated as a matrix of M rows. Unlike this one, torch.optim.Muon takes no convolutions, and it
-    is slower on a CPU.
+    A weight (M, ...) is treated as a matrix of M rows. Unlike this class, torch.optim.Muon does not accept
+    convolution weights, and it is slower on a CPU.
     """
 
     orthogonalize = staticmethod(orthogonalize)
@@ -526,7 +526,7 @@ def warn_on_failure():
 
 
 def back_up(run):
-    """Before a new run's first file, move those of an earlier run to OUTPUT_DIR/previous-N, and copy its checkpoint."""
+    """Before a new run writes a file, move an earlier run's files to OUTPUT_DIR/previous-N, and copy its checkpoint."""
     if RESUME or run.epoch > 0:
         return
     out = Path(OUTPUT_DIR)
@@ -681,7 +681,7 @@ def check_settings():
     require(Path(DATA).resolve() not in (out, *out.parents), "OUTPUT_DIR", OUTPUT_DIR, "a folder outside DATA")
     require(CROP != "face" or face_detector(), "CROP", CROP, '"center" or "LEFT TOP SIZE" unless dlib is installed')
     if RESUME and not os.path.isfile(out / "last.pth"):
-        raise UserError(f"There is no {OUTPUT_DIR}/last.pth to resume: drop --resume, or set its --output-dir.")
+        raise UserError(f"There is no {OUTPUT_DIR}/last.pth to resume: drop --resume, or correct --output-dir.")
 
 
 def describe_run(run):
@@ -699,7 +699,7 @@ def describe_run(run):
 
 
 def describe_result(run):
-    """Print the best epoch, the state of the latents, the next command, and how to undo the run."""
+    """Print the best epoch, the state of the latents, and the next command."""
     best = min(run.history, key=lambda row: row["val_loss"])
     path = checkpoint_path()
     choice = [] if path == Path("checkpoints_best/vae_model_20.pth") else ["--checkpoint", str(path)]

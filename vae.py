@@ -266,10 +266,10 @@ def run_script(main):
         sys.stdout.flush()
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(10)  # rank 0 reports what all ranks run into, as torchrun then ends the others
+            time.sleep(10)  # rank 0 reports what all ranks run into; torchrun then ends the others
         sys.exit(f"{name}: {error}")
     except (torch.OutOfMemoryError, MemoryError):
-        sys.exit(f"{name}: Memory ran out: lower BATCH_SIZE or IMAGE_SIZE, or use --device cpu if it was a GPU's.")
+        sys.exit(f"{name}: Memory ran out: lower BATCH_SIZE or IMAGE_SIZE, or use --device cpu if the GPU ran out.")
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader closed the pipe, as in `python train.py | head -1`
@@ -279,7 +279,7 @@ def run_script(main):
 
 @contextmanager
 def flags(constants, argv):
-    """Within the block, set a script's annotated `constants`, its globals(), by `argv`; yield all, and those given."""
+    """Within the block, set the annotated `constants` (a script's globals()) from `argv`; yield all and those given."""
     modules = [sys.modules[__name__], sys.modules[constants["__name__"]]]
     source = "\n".join(map(inspect.getsource, modules))
     comments = dict(re.findall(r"^([A-Z_0-9]+)\b.*?=.*?#\s*(.*)$", source, re.MULTILINE))

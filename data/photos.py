@@ -44,7 +44,7 @@ def find_photos(place):
 
 
 def find_training_photos(place):
-    """Return the Photos at `place`, or those in data/demo if data/train is empty; raises UserError if none."""
+    """Return the Photos at `place`, or in data/demo if data/train is empty; raises UserError if there are none."""
     place = Path(place)
     demo = Path("data/demo")
     if place == Path("data/train") and not list(place.glob("[!.]*")) and demo.exists():
@@ -61,7 +61,7 @@ def find_training_photos(place):
 
 
 def report_skipped(error):
-    """Print an error that skips a file or folder but does not end the run."""
+    """Print an error that causes a file or folder to be skipped but does not end the run."""
     print(f"Skipped     {error}")
 
 
@@ -91,7 +91,7 @@ def open_container(path, process):
         is_photos = array.shape[3:] in [(1,), (3,)] or (array.ndim == 3 and array.shape[2] > 3)  # else it is one photo
         in_range = array.dtype == np.uint8 or (array.dtype.kind == "f" and 0 <= array.min() <= array.max() <= 1)
         if not is_photos or not in_range:
-            raise ValueError(f"it has {array.dtype} of shape {array.shape}, not uint8 or [0, 1], (N, H, W, 1 or 3)")
+            raise ValueError(f"it is {array.dtype} of shape {array.shape}, not (N, H, W, 1 or 3) of uint8 or [0, 1]")
         return array
     except Exception as error:  # zipfile and NumPy raise all kinds of errors for a broken file
         reraise_shortage(error)

@@ -87,7 +87,7 @@ def test_the_grid_is_the_photo_its_reconstruction_and_ten_variations(workplace, 
     assert apart(pictures("--w", "0")[2:], grid[1]) <= 1
     psnr = vae.psnr((reconstruction - photo).square().sum().item(), photo.numel())
     said = capsys.readouterr().out
-    assert f"Photo       faces/face 000.jpg, {psnr:.2f} dB" in said
+    assert f"Photo       faces/face 000.jpg, reconstructed with a PSNR of {psnr:.2f} dB" in said
     assert f"epoch {info['epoch']}, {info['val_psnr']:.2f} dB" in said
 
 

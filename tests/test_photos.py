@@ -167,8 +167,8 @@ def test_arrays_are_read_as_photos(tmp_path, dtype, shape):
         (np.zeros((150, 120, 3), np.uint8), "shape (150, 120, 3)"),
         (np.zeros((9, 24, 24), np.int64), "int64 of shape"),
         (np.array(7, np.uint8), "of shape ()"),
-        (np.full((9, 24, 24), 1.5, np.float32), "not uint8 or [0, 1]"),
-        (np.full((9, 24, 24), np.nan, np.float32), "not uint8 or [0, 1]"),
+        (np.full((9, 24, 24), 1.5, np.float32), "not (N, H, W, 1 or 3) of uint8 or [0, 1]"),
+        (np.full((9, 24, 24), np.nan, np.float32), "not (N, H, W, 1 or 3) of uint8 or [0, 1]"),
     ],
 )
 def test_arrays_without_photos_are_refused(array, words, tmp_path, workplace):
