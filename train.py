@@ -315,7 +315,7 @@ def new_run(settings, device):
     cut = {"channels": CHANNELS, "size": IMAGE_SIZE, "crop": CROP, "face_box": FACE_BOX}
     pixels = load_pixels(photos, cut, torch.get_num_threads() * world_size, device)
     if len(pixels) <= 2 * world_size:
-        raise UserError(f"Training needs at least {2 * world_size + 1} usable photos and has {len(pixels)}.")
+        raise UserError(f"Training needs at least {2 * world_size + 1} usable photos but has only {len(pixels)}.")
     checksum = zlib.crc32(pixels[:, IMAGE_SIZE // 2].cpu().numpy().tobytes())  # of each photo's middle row
     settings |= {"photos": f"{len(pixels)} photos, checksum {checksum:08x}"}
     split = [indices.to(pixels.device) for indices in split_photos(len(pixels))]

@@ -136,7 +136,7 @@ def test_the_split_is_disjoint_and_depends_on_the_seed(count, fraction, ranks, h
 
 def test_two_photos_are_too_few(workplace):
     draw_faces(Path("few"), 2)
-    assert "Training needs at least 3 usable photos and has 2." in refusal(run, "--data", "few")
+    assert "Training needs at least 3 usable photos but has only 2." in refusal(run, "--data", "few")
 
 
 @pytest.mark.parametrize(("kind", "flip", "share"), [("mse", True, 0.0), ("ssim", True, 0.0), ("bce", False, 0.1)])
