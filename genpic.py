@@ -1,7 +1,7 @@
 """Make pictures with a trained model: variations of a photo, reconstructions, samples, interpolations.
 
     python genpic.py                                  # ten variations of the photo in data/tested_data
-    python genpic.py --image me.jpg --w 0.1           # every constant at the top of the script is a flag
+    python genpic.py --image me.jpg --w 0.1           # every setting at the top of the script is a flag
     python genpic.py --mode sample --output faces.png
     python genpic.py --mode interpolate --image me.jpg --image-to you.jpg --output morph.gif
 

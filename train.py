@@ -1,7 +1,7 @@
 """Train the variational autoencoder in vae.py on a folder of photos.
 
     python train.py                               # on data/train (or on the demo faces if it is empty)
-    python train.py --data ~/photos --epochs 5    # every constant at the top of the script is a flag
+    python train.py --data ~/photos --epochs 5    # every setting at the top of the script is a flag
     python train.py --resume                      # continue an interrupted run
     torchrun --nproc-per-node 4 train.py          # on four GPUs
 
@@ -302,6 +302,7 @@ class Run:
     train_set: torch.Tensor  # indices into `pixels`, on the same device
     val_set: torch.Tensor
     settings: dict  # the constants, and the number and checksum of the photos
+    is_compiled: bool = False
     epoch: int = 0  # completed epochs
     step: int = 0  # completed steps of the current epoch
     seconds: float = 0.0  # time spent on those steps
@@ -324,7 +325,8 @@ def new_run(settings, device):
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = optimizers_of(model)
     network = model
-    if can_compile(device):
+    is_compiled = can_compile(device)
+    if is_compiled:
         network = torch.compile(model, dynamic=False)
         optimizers[0].orthogonalize = torch.compile(orthogonalize, dynamic=False)
     if world_size > 1:
@@ -333,7 +335,7 @@ def new_run(settings, device):
         [tensor for name, tensor in one.state_dict().items() if tensor.is_floating_point() and "latent_" not in name]
         for one in (average, model)  # without the prior, which is fitted only for the average
     ]
-    return Run(model, network, average, averaging, optimizers, device, pixels, *split, settings)
+    return Run(model, network, average, averaging, optimizers, device, pixels, *split, settings, is_compiled)
 
 
 # Stopping
@@ -452,22 +454,21 @@ def validate(run):
     mu, log_var = torch.cat(codes, dim=1).cpu()
     squared_error, recon_loss = torch.cat(losses, dim=1).cpu().double()
     kl = kl_divergence(mu, log_var).sum(1).double()
-    figures = {
+    metrics = {
         "val_loss": (recon_loss + BETA * kl).mean().item(),
         "val_reconstruction": recon_loss.mean().item(),
         "val_kl": kl.mean().item(),
         "val_psnr": vae.psnr(squared_error.mean().item(), images[0].numel()),
     }
-    return figures, mu, log_var
+    return metrics, mu, log_var
 
 
 def finish_epoch(run, count):
     """Fit the prior, validate and save all files of an epoch of `count` photos except last.pth; return its log line."""
     active = update_prior(run)
-    figures, mu, log_var = validate(run)
+    metrics, mu, log_var = validate(run)
     means = {f"train_{name}": total / count for name, total in zip(LOSSES, run.sums, strict=True)}
-    speed = {"active_units": active, "images_per_second": count / run.seconds}
-    row = {"epoch": run.epoch + 1, **means, **figures, **speed}
+    row = {"epoch": run.epoch + 1, **means, **metrics, "active_units": active, "images_per_second": count / run.seconds}
     is_best = row["val_loss"] < min((earlier["val_loss"] for earlier in run.history), default=math.inf)
     run.history.append(row)
     back_up(run)
@@ -535,17 +536,17 @@ def back_up(run):
     if not earlier and not checkpoint_path().exists():
         return
     backup = next(path for number in itertools.count(1) if not (path := out / f"previous-{number}").exists())
-    backup.mkdir()
-    for path in earlier:
-        with warn_on_failure():  # Windows cannot move a file that a program has open
-            shutil.move(path, backup)
-    print(f"Backup      of earlier files in {backup}")
     if checkpoint_path().exists():  # copied, not moved, so that genpic.py keeps working
         copied = backup / checkpoint_path().name
         with vae.atomic_write(copied) as file:
             file.write(checkpoint_path().read_bytes())
         undo = command_line("copy" if os.name == "nt" else "cp", str(copied), OUTPUT_DIR)
         print(f"Undo        To restore the previous model later: {undo}")
+    backup.mkdir(exist_ok=True)
+    for path in earlier:
+        with warn_on_failure():  # Windows cannot move a file that a program has open
+            shutil.move(path, backup)
+    print(f"Backup      of earlier files in {backup}")
 
 
 def save_last(run):
@@ -688,7 +689,7 @@ def describe_run(run):
     """Print the split, the model, the hardware, and where a resumed run continues."""
     name = torch.cuda.get_device_name() if run.device.type == "cuda" else f"threads: {torch.get_num_threads()}"
     kind = "bfloat16" if precision(run.device) == torch.bfloat16 else "float32"
-    compiled = "compiled" if "orthogonalize" in vars(run.optimizers[0]) else "not compiled"
+    compiled = "compiled" if run.is_compiled else "not compiled"
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     print(f"Split       {len(run.train_set):,} training photos, {len(run.val_set):,} validation photos")
     print(f"Model       {IMAGE_SIZE}x{IMAGE_SIZE}x{CHANNELS}, latent {LATENT_DIM}, {parameters:,} parameters")

@@ -50,9 +50,10 @@ def find_training_photos(place):
     if place == Path("data/train") and not list(place.glob("[!.]*")) and demo.exists():
         print("data/train is empty, so this run trains on the demo faces in data/demo.")
         place = demo
-    photos = find_photos(place) if os.path.exists(place) else []
+    exists = os.path.exists(place)
+    photos = find_photos(place) if exists else []
     if not photos:
-        state = "contains no photos" if os.path.exists(place) else "does not exist"
+        state = "contains no photos" if exists else "does not exist"
         raise UserError(
             f"DATA {place.absolute()} {state}: put photos in data/train, or set --data to a folder, .zip or .npy. "
             "CelebA's img_align_celeba.zip, from mmlab.ie.cuhk.edu.hk/projects/CelebA.html, works as is."
