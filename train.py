@@ -458,7 +458,7 @@ def validate(run):
         "val_loss": (recon_loss + BETA * kl).mean().item(),
         "val_reconstruction": recon_loss.mean().item(),
         "val_kl": kl.mean().item(),
-        "val_psnr": vae.psnr(squared_error.mean().item(), images[0].numel()),
+        "val_psnr": vae.psnr(squared_error.mean().item() / images[0].numel()),
     }
     return metrics, mu, log_var
 

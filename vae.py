@@ -120,9 +120,9 @@ def stage(convolution, inputs, outputs, **options):
     return nn.Sequential(layer, norm, nn.LeakyReLU(inplace=True))
 
 
-def psnr(squared_error, count):
-    """Peak signal-to-noise ratio in dB, given the squared error summed over `count` values in [0, 1]."""
-    return -10 * math.log10(max(squared_error / count, 1e-12))
+def psnr(squared_error):
+    """Peak signal-to-noise ratio in dB, given the mean squared error of values in [0, 1]."""
+    return -10 * math.log10(max(squared_error, 1e-12))
 
 
 # Checkpoints

@@ -11,6 +11,7 @@ Gaussians fitted to two sets of descriptors (Heusel et al. 2017, arXiv:1706.0850
 import functools
 import math
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import distribution
 from pathlib import Path
@@ -28,7 +29,9 @@ from vae import UserError, require
 
 CHECKPOINT: str = "checkpoints_best/vae_model_20.pth"  # the model to judge
 PHOTOS: str = ""  # folder of photos that it was not trained on: about 900, since fewer raise the Frechet distance
-VARIED: int = 20  # number of these photos that get ten variations for each W
+CROP: str = "center"  # square of each photo to use, as in genpic.py: "center" for aligned photos, "face" for others
+VARIED: int = 20  # number of these photos that get ten variations for each W, without and with a fitted decoder
+TUNE: int = 50  # steps that fit the decoder to each of them
 
 
 @functools.cache
@@ -61,7 +64,7 @@ def describe(images, name):
 
 
 def distance(one, other):
-    """Return the mean distance between descriptors (..., 128)over pairs where both have a face; NaN if none do."""
+    """Return the mean distance between descriptors (..., 128) over pairs where both have a face; NaN if none do."""
     return np.nanmean(np.linalg.norm(one - other, axis=-1))
 
 
@@ -71,11 +74,9 @@ def frechet_distance(one, other):
     if min(len(one), len(other)) <= one.shape[1]:
         return math.nan
     covariances = [torch.cov(one.T), torch.cov(other.T)]
-    root = (
-        torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum()
-    )  # the trace of the matrix square root
+    root_trace = torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum()
     means = (one.mean(0) - other.mean(0)).square().sum()
-    return (means + covariances[0].trace() + covariances[1].trace() - 2 * root).item()
+    return (means + covariances[0].trace() + covariances[1].trace() - 2 * root_trace).item()
 
 
 def judge_faces(found):
@@ -103,13 +104,43 @@ def judge_variations(model, mu, originals):
         print(f"W = {w:<8g}{levels:.1f} grey levels between two variations, {moved:.3f} from the reconstruction")
 
 
+def judge_fitted(model, mu, images, photos):
+    """Print how like the photos, given their descriptors, the pictures of decoders fitted to each of them are."""
+    start = time.perf_counter()
+    fits = [genpic.fit_decoder(model, *pair) for pair in zip(mu.split(1), images.split(1), strict=True)]
+    seconds = (time.perf_counter() - start) / len(fits)
+    print(f"Fitted      {TUNE} steps, {seconds:.2f} s for each of {len(fits)} photos")
+    noise = vae.latent_noise(model, 10, 0)
+    unchanged = torch.cat([fit.decode(code) for fit, code in zip(fits, mu.split(1), strict=True)])
+    for w in (0, 0.01, 0.1):
+        codes = [genpic.perturb(model, code, noise[: 10 if w else 1], w) for code in mu.split(1)]
+        drawn = torch.stack([fit.decode(these) for fit, these in zip(fits, codes, strict=True)])
+        found = describe(drawn.flatten(0, 1), f"W = {w:g}")[1].reshape(*drawn.shape[:2], -1)
+        levels = 255 * (drawn - unchanged[:, None]).square().mean((2, 3, 4)).sqrt().mean()
+        seen = 100 * np.isfinite(found[..., 0]).mean()
+        print(
+            f"W = {w:<8g}{distance(found, photos[:, None]):.3f} from the photo, {levels:.1f} grey levels from the "
+            f"fitted picture, faces found in {seen:.1f} %"
+        )
+
+
+def judge_morphs(model, mu, images):
+    """Print in how many frames of ten morphs between two photos, both fitted, a face is found, ends apart."""
+    frames = []
+    for codes, pair in list(zip(mu.split(2), images.split(2), strict=True))[:10]:
+        fitted = genpic.fit_decoder(model, codes, pair)
+        frames.append(fitted.decode(genpic.codes_between(model, *codes)[1:-1]))
+    _, found = describe(torch.cat(frames), "morphs")
+    print(f"Morphs      faces found in {100 * np.isfinite(found[:, 0]).mean():.1f} % of {len(found)} frames")
+
+
 def main(argv=()):
     """Reconstruct the photos, draw as many samples, vary some of the photos, and print the metrics."""
     with vae.flags(globals(), argv):
         judge()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def judge():
     """Print all metrics of CHECKPOINT."""
     require(PHOTOS, "PHOTOS", PHOTOS, "a folder of photos")  # "" would mean the current folder
@@ -120,7 +151,7 @@ def judge():
         raise UserError(f"{error.name} is not installed: the top of this script shows what to install.") from None
     model, _ = vae.load_checkpoint(CHECKPOINT)
     require(model.config["channels"] == 3, "CHECKPOINT", CHECKPOINT, "a model of colour pictures")
-    genpic.CROP = "center"
+    genpic.CROP, genpic.TUNE = CROP, TUNE
     images = torch.cat([image for _, image in genpic.read_photos(model, find_photos(PHOTOS))])
     mu = torch.cat([model.encode(part)[0] for part in images.split(64)])
     noise = vae.latent_noise(model, len(images), 0)
@@ -128,13 +159,15 @@ def judge():
     drawn = {"photos": images} | {name: genpic.decode_in_parts(model, these) for name, these in codes.items()}
     described = {name: describe(these, name) for name, these in drawn.items()}
     pairs = described["photos"][0], described["reconstructions"][0]
-    psnr = vae.psnr(np.square(pairs[0] / 255.0 - pairs[1] / 255.0).sum(), pairs[0].size)
+    psnr = vae.psnr(np.square(pairs[0] / 255.0 - pairs[1] / 255.0).mean())
     windows = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     ssim = np.mean([structural_similarity(*pair, channel_axis=2, **windows) for pair in zip(*pairs, strict=True)])
-    print(f"Likeness    {len(images)} reconstructions: PSNR {psnr:.2f} dB, SSIM {ssim:.3f}")
+    print(f"Likeness    {len(images)} reconstructions, CROP {CROP}: PSNR {psnr:.2f} dB, SSIM {ssim:.3f}")
     judge_faces({name: found for name, (_, found) in described.items()})
     chosen = torch.linspace(0, len(images) - 1, min(VARIED, len(images))).long()
     judge_variations(model, mu[chosen], described["reconstructions"][1][chosen.numpy()])
+    judge_fitted(model, mu[chosen], images[chosen], described["photos"][1][chosen.numpy()])
+    judge_morphs(model, mu[chosen], images[chosen])
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """Tests of genpic.py: W, the modes, the output files and the errors."""
 
+import copy
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TRAINED, files_of_at_most, generate, refusal, untouched_scripts
+from conftest import ROOT, TRAINED, files_of_at_most, generate, refusal, untouched_scripts
 from faces import draw_face, draw_faces
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
@@ -29,6 +31,9 @@ REFUSED = {
     "--mode reconstruct --output empty/../faces/me.jpg": NO_PHOTO,
     "--mode interpolate --image 'faces/face 001.jpg' --image-to me.jpg --output me.jpg": NO_PHOTO,
     "--mode collage": "MODE is 'collage': it must be one of variations, reconstruct, sample, interpolate, sweep",
+    "--tune -1": "TUNE is -1: it must be at least 0",
+    "--tune 9 --mode sample": "TUNE is 9: it must be 0, since there is no photo to fit the decoder to",
+    "--tune 9 --mode interpolate": "TUNE is 9: it must be 0",
     "--w -0.1": "W is -0.1: it must be a number from 0 to 1",
     "--crop '1 2 0'": 'CROP is \'1 2 0\': it must be "face", "center", or left, top',
     "--image me.jpg --crop '9 0 40'": "CROP 9 0 40 extends beyond me.jpg, which is 48 x 56 pixels",
@@ -64,6 +69,50 @@ def fitted_model():
     return model
 
 
+@pytest.mark.parametrize("hidden_dims", [[8], [8, 16], [8, 16, 32]])
+def test_tune_fits_the_stages_of_a_copy_of_the_decoder(hidden_dims, monkeypatch):
+    torch.manual_seed(0)
+    model, images = vae.VAE(24, 1, hidden_dims, 4).eval(), torch.rand(2, 1, 24, 24)
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(genpic, "TUNE", 3)
+    with torch.no_grad():
+        fitted = genpic.fit_decoder(model, model.encode(images)[0], images).state_dict()
+    learned = {name.split(".")[0] for name in before if not torch.equal(fitted[name], before[name])}
+    assert learned == {"decoder" if len(hidden_dims) > 1 else "final_layer"}
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+
+
+def test_tune_gives_every_mode_pictures_closer_to_the_photo_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
+    checkpoint, photo = ROOT / genpic.CHECKPOINT, ROOT / "tests/portrait.jpg"
+    before = checkpoint.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    modes = ["variations"], ["sweep", "--num-variations=1"], ["reconstruct"], ["interpolate", f"--image-to={photo}"]
+    for mode in modes:
+        genpic.main([f"--checkpoint={checkpoint}", f"--image={photo}", "--tune=30", "--device=cpu", "--mode", *mode])
+    lines = re.findall("PSNR of (.*) dB, fitted in 30 steps to (.*) dB", capsys.readouterr().out)
+    assert len(lines) == 5 and all(float(fitted) > float(psnr) + 4.8 for psnr, fitted in lines)  # a third is 4.77 dB
+    assert len(set(lines[:3])) == 1
+    assert checkpoint.read_bytes() == before
+
+
+def test_every_mode_decodes_the_same_code_with_the_fitted_decoder(workplace):
+    fitted, *variations = pictures("--tune", "5", "--w", "0", "--num-variations", "4")[1:]
+    sweep = pictures("--tune", "5", "--mode", "sweep", "--num-variations", "1")
+    pairs = pictures("--tune", "5", "--mode", "reconstruct")
+    for same in (variations, sweep[[1]], pairs[[1]]):
+        assert apart(same, fitted) <= 1
+    assert apart(pictures()[1], fitted) > 5
+    same_photo = ["--mode", "interpolate", "--image", "faces/face 000.jpg", "--image-to", "faces/face 000.jpg"]
+    assert apart(pictures("--tune", "5", *same_photo), fitted) <= 1
+
+
+def test_tune_is_suggested_for_ones_own_photos_only(workplace, capsys):
+    shutil.copytree("faces", "data/tested_data")
+    for image, tune, suggested in (("faces", "0", 1), ("faces", "2", 0), ("data/tested_data", "0", 0)):
+        generate("--image", image, "--tune", tune)
+        assert capsys.readouterr().out.count("--tune 50 keeps the person") == suggested
+
+
 @pytest.mark.parametrize("w", [0.0, 0.25, 1.0])
 def test_variations_match_the_formula_and_preserve_the_prior(w):
     torch.manual_seed(0)
@@ -85,7 +134,7 @@ def test_the_grid_is_the_photo_its_reconstruction_and_ten_variations(workplace, 
     reconstruction = model.decode(model.encode(photo)[0])
     assert apart(grid[:2], [vae.to_picture(image) for image in (photo[0], reconstruction[0])]) <= 1
     assert apart(pictures("--w", "0")[2:], grid[1]) <= 1
-    psnr = vae.psnr((reconstruction - photo).square().sum().item(), photo.numel())
+    psnr = vae.psnr((reconstruction - photo).square().mean().item())
     said = capsys.readouterr().out
     assert f"Photo       faces/face 000.jpg, reconstructed with a PSNR of {psnr:.2f} dB" in said
     assert f"epoch {info['epoch']}, {info['val_psnr']:.2f} dB" in said
@@ -106,7 +155,7 @@ def test_reconstruct_shows_each_photo_beside_its_reconstruction_on_numbered_shee
     assert Image.open("grid.png").size == (8 * 34 + 2, 16 * 34 + 2)
     originals, reconstructions = pairs[::2], pairs[1::2]
     assert np.array_equal(originals, [vae.square_transform(32)(photo) for photo in photos])
-    expected = vae.psnr(np.square((reconstructions - originals) / 255).sum(), originals.size)
+    expected = vae.psnr(np.square((reconstructions - originals) / 255).mean())
     said = capsys.readouterr().out
     assert "Skipped     faces/a broken.jpg cannot be read" in said
     assert float(re.search(r"PSNR +(.*) dB", said)[1]) == pytest.approx(expected, abs=0.02)
@@ -186,7 +235,8 @@ def test_an_animation_plays_forward_and_back(ending, loss, workplace):
 def test_the_same_settings_give_the_same_bytes_in_the_format_of_the_extension(ending, workplace):
     names = [f"{number}.{ending}" for number in range(3)]
     for name, seed in zip(names, "001", strict=True):
-        generate("--seed", seed, "--output", name, "--mode", "interpolate" if ending == "gif" else "sample")
+        flags = ["--mode", "interpolate"] if ending == "gif" else ["--tune", "3"]
+        generate("--seed", seed, "--output", name, *flags)
     assert Image.open(names[0]).format == ending.upper().replace("JPG", "JPEG")
     one, two, three = [Path(name).read_bytes() for name in names]
     assert one == two != three
