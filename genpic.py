@@ -29,9 +29,7 @@ CROP: str = "face"  # square to use: "face" (around the largest face), "center",
 IMAGE_TO: str = ""  # photo where "interpolate" ends (it starts at IMAGE); if empty, it goes from one sample to another
 OUTPUT: str = "generated_images_grid2.jpg"  # output file: .jpg, .png or .webp; for "interpolate" also .gif
 MODE: str = "variations"  # what to generate: variations, reconstruct, sample, interpolate or sweep
-TUNE: int = (
-    0  # steps that fit the decoder to the photos before anything is drawn; 50 takes seconds and keeps the person
-)
+TUNE: int = 0  # steps that fit the decoder to the photos first; 50 take a second or two and keep the person
 NUM_VARIATIONS: int = 10  # number of variations; for "sweep", per row
 W: float = 0.01  # strength of variations, from 0 (none) to 1 (other people); 0.1 changes features, 0.01 only the tint
 PRIOR: str = "fitted"  # where samples come from: "fitted" (to the training photos' codes) or "standard" (N(0, I))
@@ -79,16 +77,16 @@ def read_photos(model, photos):
 
 
 def encode_photos(model, pairs):
-    """Return images (N, C, H, W) of (Photo, image) pairs, reconstructions, codes (N, L), and the model for them."""
+    """Return images (N, C, H, W) of (Photo, image) pairs, reconstructions, codes (N, L), and the (fitted) model."""
     images = torch.cat([image for _, image in pairs])
     mu, _ = model.encode(images)
     fitted = fit_decoder(model, mu, images) if TUNE else model
-    recons = [model.decode(mu), fitted.decode(mu)]
+    recons = [net.decode(mu) for net in ([model, fitted] if TUNE else [model])]
     errors = [(recon - images).square().mean((1, 2, 3)).tolist() for recon in recons]
-    for (photo, _), before, after in zip(pairs, *errors, strict=True):
-        gain = f", fitted in {TUNE} steps to {vae.psnr(after):.2f} dB" if TUNE else ""
-        print(f"Photo       {photo}, reconstructed with a PSNR of {vae.psnr(before):.2f} dB{gain}")
-    return images, recons[1], mu, fitted
+    for (photo, _), *each in zip(pairs, *errors, strict=True):
+        psnrs = [f"{vae.psnr(error):.2f} dB" for error in each]
+        print(f"Photo       {photo}, reconstructed with a PSNR of {f', fitted in {TUNE} steps to '.join(psnrs)}")
+    return images, recons[-1], mu, fitted
 
 
 @torch.enable_grad()
@@ -97,17 +95,18 @@ def fit_decoder(model, codes, images):
 
     Pivotal tuning (Roich et al. 2021, arXiv:2106.05744) without its locality term. At a higher rate, or if
     decoder_input learns too, changed codes hardly change the picture; if final_layer learns, they leave a grid in it.
+    Squared error would preserve the face less well, absolute error would drop small things such as earrings.
     """
     fitted = copy.deepcopy(model).requires_grad_(False).to(memory_format=torch.channels_last)
     stages = fitted.decoder or fitted.final_layer  # a model with a single stage has only the final one
     rate = 0.18 / fitted.feature_shape[0]  # in inverse proportion to the width (Yang et al. 2021, arXiv:2203.03466)
     optimizer = torch.optim.Adam(stages.requires_grad_().parameters(), rate, fused=True)
     for _ in tqdm(range(TUNE), "Fitting", leave=False, disable=None):
-        loss = torch.nn.functional.smooth_l1_loss(fitted.decode(codes), images, beta=0.1)
+        loss = torch.nn.functional.smooth_l1_loss(fitted.decode(codes.detach()), images, beta=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return fitted
+    return fitted.requires_grad_(False)
 
 
 # Arithmetic on codes
@@ -173,7 +172,8 @@ def make_reconstructions(model, photos):
     pairs = read_photos(model, photos)
     errors = []
     while sheet := list(itertools.islice(pairs, 64)):
-        tiles = torch.cat([tile for pair in sheet for tile in encode_photos(model, [pair])[:2]])
+        groups = [[pair] for pair in sheet] if TUNE else [sheet]  # each photo has its own fitted decoder
+        tiles = torch.cat([torch.stack(encode_photos(model, group)[:2], dim=1).flatten(0, 1) for group in groups])
         errors += (tiles[::2] - tiles[1::2]).square().mean((1, 2, 3)).tolist()
         yield tiles, 8
     print(f"PSNR        {vae.psnr(sum(errors) / len(errors)):.2f} dB over all {'fitted ' * (TUNE > 0)}reconstructions")
@@ -261,7 +261,7 @@ def main(argv=()):
             model.latent_mean.zero_()
             model.latent_scale.copy_(torch.eye(model.config["latent_dim"]))
         sources = find_sources()
-        require(sources or not TUNE, "TUNE", TUNE, "0, since there is no photo to fit the decoder to")
+        require(sources or not TUNE, "TUNE", TUNE, "0 without a photo to fit (interpolate needs IMAGE_TO)")
         inputs = {str(photo.path.resolve()).lower() for photo in itertools.chain(*sources)}  # case may not matter
         for number, (images, columns) in enumerate(MODES[MODE](model, *sources), start=1):
             path = Path(OUTPUT) if number == 1 else Path(OUTPUT).with_stem(f"{Path(OUTPUT).stem}-{number}")

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import genpic
 import vae
+from data.faces import check_crop
 from data.photos import find_photos
 from vae import UserError, require
 
@@ -105,18 +106,22 @@ def judge_variations(model, mu, originals):
 
 
 def judge_fitted(model, mu, images, photos):
-    """Print how like the photos, given their descriptors, the pictures of decoders fitted to each of them are."""
-    start = time.perf_counter()
-    fits = [genpic.fit_decoder(model, *pair) for pair in zip(mu.split(1), images.split(1), strict=True)]
-    seconds = (time.perf_counter() - start) / len(fits)
-    print(f"Fitted      {TUNE} steps, {seconds:.2f} s for each of {len(fits)} photos")
+    """Print how similar fitted pictures and their variations are to their photos, given the photos' descriptors."""
     noise = vae.latent_noise(model, 10, 0)
-    unchanged = torch.cat([fit.decode(code) for fit, code in zip(fits, mu.split(1), strict=True)])
-    for w in (0, 0.01, 0.1):
-        codes = [genpic.perturb(model, code, noise[: 10 if w else 1], w) for code in mu.split(1)]
-        drawn = torch.stack([fit.decode(these) for fit, these in zip(fits, codes, strict=True)])
-        found = describe(drawn.flatten(0, 1), f"W = {w:g}")[1].reshape(*drawn.shape[:2], -1)
-        levels = 255 * (drawn - unchanged[:, None]).square().mean((2, 3, 4)).sqrt().mean()
+    drawn = {0: [], 0.01: [], 0.1: []}
+    seconds = 0.0
+    for code, image in zip(mu.split(1), images.split(1), strict=True):
+        start = time.perf_counter()
+        fitted = genpic.fit_decoder(model, code, image)
+        seconds += time.perf_counter() - start
+        for w, pictures in drawn.items():
+            pictures.append(fitted.decode(genpic.perturb(model, code, noise[: 10 if w else 1], w)))
+    unchanged = torch.stack(drawn[0])
+    psnr = vae.psnr((unchanged[:, 0] - images).square().mean().item())
+    print(f"Fitted      {TUNE} steps, {psnr:.2f} dB, {seconds / len(images):.2f} s for each of {len(images)} photos")
+    for w, pictures in drawn.items():
+        found = describe(torch.cat(pictures), f"W = {w:g}")[1].reshape(len(images), len(pictures[0]), -1)
+        levels = 255 * (torch.stack(pictures) - unchanged).square().mean((2, 3, 4)).sqrt().mean()
         seen = 100 * np.isfinite(found[..., 0]).mean()
         print(
             f"W = {w:<8g}{distance(found, photos[:, None]):.3f} from the photo, {levels:.1f} grey levels from the "
@@ -125,9 +130,11 @@ def judge_fitted(model, mu, images, photos):
 
 
 def judge_morphs(model, mu, images):
-    """Print in how many frames of ten morphs between two photos, both fitted, a face is found, ends apart."""
+    """Print in how many frames of ten morphs between two photos, without the two ends, a face is found."""
     frames = []
-    for codes, pair in list(zip(mu.split(2), images.split(2), strict=True))[:10]:
+    for codes, pair in zip(mu[:20].split(2), images[:20].split(2), strict=True):
+        if len(pair) == 1:
+            break
         fitted = genpic.fit_decoder(model, codes, pair)
         frames.append(fitted.decode(genpic.codes_between(model, *codes)[1:-1]))
     _, found = describe(torch.cat(frames), "morphs")
@@ -143,6 +150,9 @@ def main(argv=()):
 @torch.no_grad()
 def judge():
     """Print all metrics of CHECKPOINT."""
+    check_crop(CROP)
+    require(TUNE >= 1, "TUNE", TUNE, "at least 1")
+    require(VARIED >= 2, "VARIED", VARIED, "at least 2")
     require(PHOTOS, "PHOTOS", PHOTOS, "a folder of photos")  # "" would mean the current folder
     try:
         recogniser()

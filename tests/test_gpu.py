@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, TRAINED, run
+from conftest import ROOT, TRAINED, generate, run
 from test_resume import signal_in_step
 from test_train import BLANK_RUN
 
@@ -17,6 +17,11 @@ from data.cache import load_pixels
 from data.photos import find_photos
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def test_tune_fits_the_decoder_on_the_gpu(workplace, capsys):
+    generate("--device", "cuda", "--tune", "5")
+    assert "dB, fitted in 5 steps to" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("compiled", ["yes", "no"])

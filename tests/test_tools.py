@@ -57,7 +57,7 @@ def stand_in(picture):
 
 def test_judge_prints_metrics(workplace, monkeypatch, capsys):
     generate("--mode", "reconstruct")
-    psnr = float(re.search(r"PSNR +(.*) dB", capsys.readouterr().out)[1])
+    psnr = float(re.search(r"^PSNR +(.*) dB", capsys.readouterr().out, re.MULTILINE)[1])
     monkeypatch.setitem(sys.modules, "skimage.metrics", SimpleNamespace(structural_similarity=lambda *_, **__: 0.5))
     monkeypatch.setattr(judge, "recogniser", bool)
     monkeypatch.setattr(judge, "descriptor", stand_in)
@@ -69,3 +69,7 @@ def test_judge_prints_metrics(workplace, monkeypatch, capsys):
     assert 0 < near < far
     for figures in zip(*re.findall(r"^W = \S+ +(.*) grey levels .*, (.*) from", said, re.MULTILINE), strict=True):
         assert len(figures) == 5 and sorted(figures, key=float) == list(figures)  # they grow with W
+    fitted = re.findall(r"^W = \S+ +(.*) from the photo, (.*) grey levels from the fitted", said, re.MULTILINE)
+    for figures in zip(*fitted, strict=True):
+        assert len(figures) == 3 and sorted(figures, key=float) == list(figures)
+    assert fitted[0][1] == "0.0" and "100.0 % of 18 frames" in said
