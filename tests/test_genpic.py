@@ -95,9 +95,8 @@ def test_tune_gives_every_mode_pictures_closer_to_the_photo_and_keeps_the_checkp
     for mode in modes:
         genpic.main([f"--checkpoint={checkpoint}", f"--image={photo}", "--tune=30", "--device=cpu", "--mode", *mode])
     lines = re.findall("PSNR of (.*) dB, fitted in 30 steps to (.*) dB", capsys.readouterr().out)
-    assert len(lines) == 5 and all(
-        float(fitted) > float(psnr) + 4.8 for psnr, fitted in lines
-    )  # 4.77 dB is a third of the error
+    gains = [float(fitted) - float(psnr) for psnr, fitted in lines]
+    assert len(gains) == 5 and min(gains) > 4.8  # a third of the error is 4.77 dB less
     assert len(set(lines[:3])) == 1
     assert checkpoint.read_bytes() == before
 
