@@ -245,6 +245,8 @@ def describe_model(model, info):
     print(f"Model       {CHECKPOINT}{trained}")
     if "about" in info:
         print(f"About       {info['about']}")
+    if info.get("start_about"):
+        print(f"About       the model that its training started from: {info['start_about']}")
     if torch.equal(model.latent_scale.cpu(), torch.eye(model.config["latent_dim"])):
         print("Prior       N(0, I), because this checkpoint has no fitted prior: expect smeared samples and variations")
 

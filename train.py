@@ -11,6 +11,7 @@ history.csv, loss_curves.png, latent_space.png and progress/ with pictures of ev
 
 import copy
 import ctypes
+import hashlib
 import itertools
 import math
 import os
@@ -37,11 +38,12 @@ from tqdm import tqdm
 import vae
 from data.cache import load_images, load_pixels
 from data.faces import check_crop, face_detector, median_face_box
-from data.photos import find_training_photos
+from data.photos import DEMO, find_training_photos
 from vae import CHANNELS, HIDDEN_DIMS, IMAGE_SIZE, LATENT_DIM, UserError, require
 
 # Input and output
 DATA: str = "data/train"  # folder of photos (including subfolders), .zip of photos, or .npy array
+START_FROM: str = ""  # checkpoint whose weights the run starts with, so that a few photos are enough; if empty, random
 OUTPUT_DIR: str = "checkpoints_best"  # folder for the checkpoints, curves and pictures of the run
 RESUME: bool = False  # continue the run saved in OUTPUT_DIR/last.pth
 CROP: str = "center"  # square to use: "center", "face" (around the largest face), or "LEFT TOP SIZE" in pixels
@@ -52,9 +54,9 @@ AUGMENT: float = 0.03  # randomly rotate, shear, stretch and shift photos by up 
 # Training
 EPOCHS: int = 20  # passes over the photos; also the number in the checkpoint's file name
 BATCH_SIZE: int = 32  # photos per step, across all GPUs; raise it on large GPUs, lower it if memory runs out
-LEARNING_RATE: float = 0.03  # peak learning rate of Muon (Adam uses a 30th of it); lower it if the loss jumps around
+LEARNING_RATE: float | None = None  # peak rate of Muon (Adam uses a 30th); None: 0.03, or 0.01 with START_FROM
 RECONSTRUCTION: str = "ssim"  # loss: "mse" (squared error), "ssim" (squared error and SSIM) or "bce" (cross-entropy)
-BETA: float = 0.132  # weight of the KL divergence (in nats); higher gives smoother samples but blurrier reconstructions
+BETA: float | None = None  # KL weight: lower is sharper, higher gives better samples; None: 0.132 at 150x150, by pixels
 KL_WARMUP_EPOCHS: float = 0.0  # epochs over which the KL weight rises from 0; a few help if latents stay unused
 SEED: int = 0  # seed for all random numbers: initial weights, split, order, augmentation, noise
 
@@ -66,7 +68,7 @@ COMPILE: str = "auto"  # compile the model first, which takes a minute: "yes", "
 FACE_BOX = (0.2326, 0.2859, 0.5445)  # where CROP "face" puts faces: left, top and size as fractions of the side
 
 FORMAT = 1  # version of last.pth
-MAY_CHANGE = {"DATA", "OUTPUT_DIR", "RESUME", "DEVICE", "AMP", "COMPILE"}  # settings that may change on --resume
+MAY_CHANGE = {"DATA", "START_FROM", "OUTPUT_DIR", "RESUME", "DEVICE", "AMP", "COMPILE"}  # settings, on --resume
 LOSSES = ("loss", "reconstruction", "kl")  # columns of history.csv
 
 # torchrun starts several processes: each trains on its part of every batch, and rank 0 does everything else alone
@@ -119,9 +121,20 @@ def one_cycle(progress):
     return min(progress / 0.02, (1 - progress) / 0.98)
 
 
+def peak_rate(has_start):
+    """LEARNING_RATE, or its default: lower if the run starts from a checkpoint, so that it keeps what that knows."""
+    default = 0.01 if has_start else 0.03
+    return default if LEARNING_RATE is None else LEARNING_RATE
+
+
+def beta():
+    """BETA, or its default: in proportion to the number of pixels, as the reconstruction loss is."""
+    return 0.132 * (IMAGE_SIZE / 150) ** 2 if BETA is None else BETA
+
+
 def kl_weight(progress):
-    """BETA, after a linear rise from 0 over KL_WARMUP_EPOCHS."""
-    return BETA * min(1.0, progress * EPOCHS / KL_WARMUP_EPOCHS) if KL_WARMUP_EPOCHS else BETA
+    """beta(), after a linear rise from 0 over KL_WARMUP_EPOCHS."""
+    return beta() * min(1.0, progress * EPOCHS / KL_WARMUP_EPOCHS) if KL_WARMUP_EPOCHS else beta()
 
 
 def seed_of(use, *numbers):
@@ -192,13 +205,16 @@ class Muon(torch.optim.Optimizer):
         return [update.reshape(old.shape).movedim(-1, 1) for update, old in zip(updates, moved, strict=True)]
 
 
-def optimizers_of(model):
-    """Return Muon for the inner weights of a VAE, and Adam for its first and last layers, biases and BatchNorm."""
+def optimizers_of(model, rate):
+    """Return Muon for the inner weights of a VAE, and Adam for its first and last layers, biases and BatchNorm.
+
+    `rate` is Muon's peak learning rate; Adam's is a 30th of it.
+    """
     _, *inner, _ = (weight for weight in model.parameters() if weight.ndim > 1)
     others = [parameter for parameter in model.parameters() if parameter not in {*inner}]
     inner.sort(key=lambda weight: sorted(weight.flatten(1).shape))
-    muon = Muon([{"params": inner, "initial_lr": LEARNING_RATE}], {"momentum": 0.95, "weight_decay": 0.03})
-    return muon, torch.optim.Adam([{"params": others, "initial_lr": LEARNING_RATE / 30}], fused=True)
+    muon = Muon([{"params": inner, "initial_lr": rate}], {"momentum": 0.95, "weight_decay": 0.03})
+    return muon, torch.optim.Adam([{"params": others, "initial_lr": rate / 30}], fused=True)
 
 
 def update_average(means, values, step):
@@ -221,10 +237,12 @@ def split_photos(count):
 def batches_of(train_set, epoch):
     """Return the batches of an epoch as indices (steps, BATCH_SIZE), in an order chosen by SEED.
 
-    The last batch is filled with photos from the start of the order. A set smaller than a batch forms one batch.
+    The last batch is filled with photos from the start of the order. A small set forms five smaller batches, because
+    a few large steps teach less, but batches of fewer than 12 photos are too noisy.
     """
     order = np.random.default_rng(seed_of(b"order", epoch)).permutation(len(train_set))
-    size = min(BATCH_SIZE, math.ceil(len(order) / world_size) * world_size)
+    size = math.ceil(max(12, len(order) / 5) / world_size) * world_size
+    size = min(size, BATCH_SIZE)
     rows = np.resize(order, (math.ceil(len(order) / size), size))  # repeats the order to fill the shape
     return train_set[torch.from_numpy(rows).to(train_set.device)]
 
@@ -303,6 +321,7 @@ class Run:
     val_set: torch.Tensor
     settings: dict  # the constants, and the number and checksum of the photos
     is_compiled: bool = False
+    origin: dict = field(default_factory=dict)  # if START_FROM was set: that file's SHA-256 and `about`
     epoch: int = 0  # completed epochs
     step: int = 0  # completed steps of the current epoch
     seconds: float = 0.0  # time spent on those steps
@@ -310,20 +329,51 @@ class Run:
     history: list = field(default_factory=list)  # a row of metrics for each epoch
 
 
-def new_run(settings, device):
-    """Return a new run, with initial weights and a split that depend on SEED."""
+def read_start():
+    """Return the model that this run resumes or starts from, and its info; None and {} for random initial weights.
+
+    The info contains the fields of Run.origin if the weights come from START_FROM, now or in the run that is resumed.
+    Raises UserError if the file is missing, not valid, or of a model of another size.
+    """
+    if RESUME:
+        return vae.load_checkpoint(Path(OUTPUT_DIR, "last.pth"))
+    if not START_FROM:
+        return None, {}
+    start, info = vae.load_checkpoint(START_FROM)
+    sizes = {"image_size": IMAGE_SIZE, "channels": CHANNELS, "hidden_dims": [*HIDDEN_DIMS], "latent_dim": LATENT_DIM}
+    others = [f"--{name.replace('_', '-')} {size}" for name, size in start.config.items() if size != sizes[name]]
+    if others:
+        wanted = " ".join(others).translate(str.maketrans("", "", "[],"))  # flags take lists as words
+        raise UserError(f"START_FROM {START_FROM} is a model of another size: to start from it, add {wanted}.")
+    with open(START_FROM, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return start, {"start_sha256": digest, "start_about": info.get("about") or info.get("start_about", "")}
+
+
+def new_run(settings, device, start=None, info=()):
+    """Return a new run with the weights of the model `start` (and its `info`), if given, else random ones.
+
+    The random weights, and the split, depend on SEED.
+    """
     photos = find_training_photos(DATA) if rank == 0 else []
-    cut = {"channels": CHANNELS, "size": IMAGE_SIZE, "crop": CROP, "face_box": FACE_BOX}
+    face_box = list((start and start.face_box) or FACE_BOX)
+    cut = {"channels": CHANNELS, "size": IMAGE_SIZE, "crop": CROP, "face_box": face_box}
     pixels = load_pixels(photos, cut, torch.get_num_threads() * world_size, device)
     if len(pixels) <= 2 * world_size:
         raise UserError(f"Training needs at least {2 * world_size + 1} usable photos but has only {len(pixels)}.")
+    if photos and photos[0].path.parent != DEMO and len(pixels) < 2000 and not start:
+        print("Tip         Few photos: add --start-from checkpoints_best/vae_model_20.pth, a model that knows faces")
     checksum = zlib.crc32(pixels[:, IMAGE_SIZE // 2].cpu().numpy().tobytes())  # of each photo's middle row
-    settings |= {"photos": f"{len(pixels)} photos, checksum {checksum:08x}"}
     split = [indices.to(pixels.device) for indices in split_photos(len(pixels))]
+    origin = {name: info[name] for name in ("start_sha256", "start_about") if name in info}
+    rate = peak_rate(bool(origin))
+    settings |= {"photos": f"{len(pixels)} photos, checksum {checksum:08x}", "LEARNING_RATE": rate, "BETA": beta()}
     torch.manual_seed(seed_of(b"init"))
-    model = vae.VAE(IMAGE_SIZE, CHANNELS, HIDDEN_DIMS, LATENT_DIM).to(device, memory_format=torch.channels_last)
+    model = start or vae.VAE(IMAGE_SIZE, CHANNELS, HIDDEN_DIMS, LATENT_DIM)
+    model.to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizers = optimizers_of(model)
+    average.face_box = face_box if CROP == "face" else None
+    optimizers = optimizers_of(model, rate)
     network = model
     is_compiled = can_compile(device)
     if is_compiled:
@@ -335,7 +385,7 @@ def new_run(settings, device):
         [tensor for name, tensor in one.state_dict().items() if tensor.is_floating_point() and "latent_" not in name]
         for one in (average, model)  # without the prior, which is fitted only for the average
     ]
-    return Run(model, network, average, averaging, optimizers, device, pixels, *split, settings, is_compiled)
+    return Run(model, network, average, averaging, optimizers, device, pixels, *split, settings, is_compiled, origin)
 
 
 # Stopping
@@ -455,7 +505,7 @@ def validate(run):
     squared_error, recon_loss = torch.cat(losses, dim=1).cpu().double()
     kl = kl_divergence(mu, log_var).sum(1).double()
     metrics = {
-        "val_loss": (recon_loss + BETA * kl).mean().item(),
+        "val_loss": (recon_loss + beta() * kl).mean().item(),
         "val_reconstruction": recon_loss.mean().item(),
         "val_kl": kl.mean().item(),
         "val_psnr": vae.psnr(squared_error.mean().item() / images[0].numel()),
@@ -469,17 +519,24 @@ def finish_epoch(run, count):
     metrics, mu, log_var = validate(run)
     means = {f"train_{name}": total / count for name, total in zip(LOSSES, run.sums, strict=True)}
     row = {"epoch": run.epoch + 1, **means, **metrics, "active_units": active, "images_per_second": count / run.seconds}
-    is_best = row["val_loss"] < min((earlier["val_loss"] for earlier in run.history), default=math.inf)
     run.history.append(row)
     back_up(run)
-    if is_best:
+    if kept_row(run) is row:
         constants = {name: value for name, value in run.settings.items() if name not in MAY_CHANGE}
-        vae.save_checkpoint(checkpoint_path(), run.average, constants=constants, **row)
+        vae.save_checkpoint(checkpoint_path(), run.average, constants=constants, **run.origin, **row)
     save_pictures(run, row["epoch"])
     save_history(run.history)
     if row["epoch"] == EPOCHS:
         plot_latents(run, mu, log_var)
-    return log_line(row, is_best)
+    return log_line(row, kept_row(run) is row and not run.origin)
+
+
+def kept_row(run):
+    """Return the metrics of the epoch whose weights are kept: the best, or with START_FROM the last.
+
+    Few photos leave too few for validation to choose by, and a likeness grows until the end, which no loss measures.
+    """
+    return run.history[-1] if run.origin else min(run.history, key=lambda row: row["val_loss"])
 
 
 def log_line(row, is_best):
@@ -555,21 +612,21 @@ def save_last(run):
     state = {"format": FORMAT, "constants": run.settings, "position": position}
     state["raw_state_dict"] = run.model.state_dict()
     state["optimizers"] = [optimizer.state_dict() for optimizer in run.optimizers]
-    vae.save_checkpoint(Path(OUTPUT_DIR, "last.pth"), run.average, **state)
+    vae.save_checkpoint(Path(OUTPUT_DIR, "last.pth"), run.average, **state, **run.origin)
 
 
-def resume(run):
-    """Restore the state of a run from last.pth; raises UserError if its settings, photos or format differ."""
+def resume(run, average, info):
+    """Restore a run from the contents of last.pth; raises UserError if its settings, photos or format differ."""
     path = Path(OUTPUT_DIR, "last.pth")
-    average, info = vae.load_checkpoint(path)
     if info.get("format") != FORMAT:
         raise UserError(f"{path} was not written by a run of this version: start a new run without --resume.")
     then = info["constants"]
     changes = [name for name in then if name in run.settings.keys() - MAY_CHANGE and then[name] != run.settings[name]]
     if changes:
         told = "; ".join(f"{name} was {then[name]} and is now {run.settings[name]}" for name in sorted(changes))
-        raise UserError(f"The run in {path} can only continue with the same settings and photos: {told}.")
-    run.average.load_state_dict(average.state_dict())
+        finished = Path(OUTPUT_DIR, f"vae_model_{then['EPOCHS']}.pth")
+        further = f" To train it further, use --start-from {finished} without --resume." if "EPOCHS" in changes else ""
+        raise UserError(f"The run in {path} can only continue with the same settings and photos: {told}.{further}")
     run.average.face_box = average.face_box
     run.model.load_state_dict(info["raw_state_dict"])
     for optimizer, state in zip(run.optimizers, info["optimizers"], strict=True):
@@ -580,9 +637,9 @@ def resume(run):
 # Pictures of a run
 @torch.inference_mode()
 def save_pictures(run, epoch):
-    """Save 8 validation photos above their reconstructions, and 64 samples, from the same noise in every epoch."""
+    """Save 8 validation photos above their reconstructions, and 32 samples, from the same noise in every epoch."""
     images = load_images(run.pixels, run.val_set[:8], run.device)
-    noise = vae.latent_noise(run.average, 64, SEED)
+    noise = vae.latent_noise(run.average, 32, SEED)
     with autocast(run.device):
         recon = run.average.decode(run.average.encode(images)[0])
         samples = run.average.decode(run.average.draw_latents(noise))
@@ -597,7 +654,8 @@ def save_history(history):
     lines = [",".join(history[0]), *(",".join(map(str, row.values())) for row in history)]
     with warn_on_failure(), vae.atomic_write(Path(OUTPUT_DIR, "history.csv")) as file:
         file.write("\n".join([*lines, ""]).encode())
-    figure = Figure((11, 3.2), layout="constrained")
+    figure = Figure((11, 3.2))
+    figure.subplots_adjust(0.06, 0.15, 0.99, 0.88, 0.25)  # three times as fast as a constrained layout
     labels = ["loss per photo", f"{RECONSTRUCTION} loss", "KL per photo, nats"]
     for axes, name, label in zip(figure.subplots(1, 3), LOSSES, labels, strict=True):
         for split, style in (("train", "o-"), ("val", "o--")):
@@ -605,7 +663,7 @@ def save_history(history):
         axes.set(xlabel="epoch", ylabel=label)
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    figure.legend(["training, z drawn", "validation, averaged weights, z = mean"], loc="outside upper center", ncols=2)
+    figure.legend(["training, z drawn", "validation, averaged weights, z = mean"], loc="upper center", ncols=2)
     with warn_on_failure(), vae.atomic_write(Path(OUTPUT_DIR, "loss_curves.png")) as file:
         figure.savefig(file, dpi=120)
 
@@ -671,9 +729,9 @@ def check_settings():
     fits = 2 * world_size <= BATCH_SIZE and BATCH_SIZE % world_size == 0
     require(fits, "BATCH_SIZE", BATCH_SIZE, f"at least 2 for each process, and a multiple of {world_size}")
     require(0 <= AUGMENT <= 0.5, "AUGMENT", AUGMENT, "from 0 to 0.5")
-    require(0 < LEARNING_RATE < 1e30, "LEARNING_RATE", LEARNING_RATE, "a positive number below 1e30")
+    require(0 < peak_rate(False) < 1e30, "LEARNING_RATE", LEARNING_RATE, "a positive number below 1e30")
     require(RECONSTRUCTION in ("mse", "ssim", "bce"), "RECONSTRUCTION", RECONSTRUCTION, '"mse", "ssim" or "bce"')
-    require(0 <= BETA < 1e30, "BETA", BETA, "at least 0 and below 1e30")
+    require(0 <= beta() < 1e30, "BETA", BETA, "at least 0 and below 1e30")
     require(0 <= KL_WARMUP_EPOCHS <= EPOCHS, "KL_WARMUP_EPOCHS", KL_WARMUP_EPOCHS, f"from 0 to EPOCHS ({EPOCHS})")
     require(SEED >= 0, "SEED", SEED, "at least 0")
     require(world_size == 1 or ":" not in DEVICE, "DEVICE", DEVICE, '"auto" or "cpu" with torchrun')
@@ -683,6 +741,8 @@ def check_settings():
     require(CROP != "face" or face_detector(), "CROP", CROP, '"center" or "LEFT TOP SIZE" unless dlib is installed')
     if RESUME and not os.path.isfile(out / "last.pth"):
         raise UserError(f"There is no {OUTPUT_DIR}/last.pth to resume: drop --resume, or correct --output-dir.")
+    if START_FROM and not RESUME and not os.path.isfile(START_FROM):
+        raise UserError(f"There is no checkpoint {START_FROM} to start from: correct --start-from.")
 
 
 def describe_run(run):
@@ -693,20 +753,24 @@ def describe_run(run):
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     print(f"Split       {len(run.train_set):,} training photos, {len(run.val_set):,} validation photos")
     print(f"Model       {IMAGE_SIZE}x{IMAGE_SIZE}x{CHANNELS}, latent {LATENT_DIM}, {parameters:,} parameters")
+    if START_FROM and not RESUME:
+        print(f"Start       from the weights in {START_FROM}")
+    print(f"Recipe      LEARNING_RATE {run.settings['LEARNING_RATE']:g}, BETA {run.settings['BETA']:.4g}")
     if RESUME:
         print(f"Resuming    after epoch {run.epoch} of {EPOCHS} and step {run.step} of the next")
+    batch_size = batches_of(run.train_set, 0).shape[1]
     processes = f"{world_size} x {run.device.type} ({name})"
-    print(f"Device      {processes}, {kind}, {compiled}, batches of {BATCH_SIZE}", flush=True)
+    print(f"Device      {processes}, {kind}, {compiled}, batches of {batch_size}", flush=True)
 
 
 def describe_result(run):
-    """Print the best epoch, the state of the latents, and the next command."""
-    best = min(run.history, key=lambda row: row["val_loss"])
+    """Print whose weights were kept, the state of the latents, and the next command."""
+    kept = kept_row(run)
     path = checkpoint_path()
     choice = [] if path == Path("checkpoints_best/vae_model_20.pth") else ["--checkpoint", str(path)]
-    print(f"Done        The weights of epoch {best['epoch']}, {best['val_psnr']:.2f} dB, are in {path}")
-    latents = "collapsed" if has_collapsed(best) else f"{best['active_units']} of {LATENT_DIM} active"
-    print(f"Latents     {latents}, {best['val_kl']:.1f} nats of KL divergence")
+    print(f"Done        The weights of epoch {kept['epoch']}, {kept['val_psnr']:.2f} dB, are in {path}")
+    latents = "collapsed" if has_collapsed(kept) else f"{kept['active_units']} of {LATENT_DIM} active"
+    print(f"Latents     {latents}, {kept['val_kl']:.1f} nats of KL divergence")
     print(f"Next        {command_line('python', 'genpic.py', *choice)}")
 
 
@@ -722,12 +786,13 @@ def main(argv=()):
         reuse_freed_memory()
         device = set_up_device()
         with lock_output() if rank == 0 else nullcontext():
-            run = new_run(settings, device)
+            start, info = read_start()
+            run = new_run(settings, device, start, info)
             if RESUME:
-                resume(run)
-            elif rank == 0:
+                resume(run, start, info)
+            elif CROP != "face" and rank == 0:
                 some = run.pixels[run.train_set[:100]].cpu().numpy()
-                run.average.face_box = list(FACE_BOX) if CROP == "face" else median_face_box(some)
+                run.average.face_box = median_face_box(some, start and start.face_box)
             if rank == 0:
                 describe_run(run)
             with stopping_after_the_step() if world_size == 1 else nullcontext():  # a single rank must not stop alone

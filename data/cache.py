@@ -29,7 +29,8 @@ def cached(photos, cut, workers):
     if not distributed.is_initialized() or distributed.get_rank() == 0:
         path = cache_path(photos, cut)
         if not path.exists():
-            decode_photos(photos, path, cut, workers if len(photos) > 256 else 0)  # workers start too slowly for a few
+            few = 32 if cut.get("crop") == "face" else 256  # so few that workers would start too slowly
+            decode_photos(photos, path, cut, workers if len(photos) > few else 0)
     return share_with_ranks(path)
 
 

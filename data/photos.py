@@ -16,6 +16,7 @@ from vae import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # not EPS: Pillow would run Ghostscript
 SUFFIXES = set(".jpg .jpeg .png .webp .avif .gif .bmp .tif .tiff .ppm .pgm .heic".split())  # HEIC only to report it
+DEMO = Path("data/demo")  # generated faces, for a first run
 
 
 class Photo(typing.NamedTuple):
@@ -46,10 +47,9 @@ def find_photos(place):
 def find_training_photos(place):
     """Return the Photos at `place`, or in data/demo if data/train is empty; raises UserError if there are none."""
     place = Path(place)
-    demo = Path("data/demo")
-    if place == Path("data/train") and not list(place.glob("[!.]*")) and demo.exists():
+    if place == Path("data/train") and not list(place.glob("[!.]*")) and DEMO.exists():
         print("data/train is empty, so this run trains on the demo faces in data/demo.")
-        place = demo
+        place = DEMO
     exists = os.path.exists(place)
     photos = find_photos(place) if exists else []
     if not photos:

@@ -304,7 +304,7 @@ def ours_epochs():
     Path("ours").mkdir()  # so that it uses its own cache
     names = ("IMAGE_SIZE", "BATCH_SIZE", "COMPILE", "DEVICE")
     flags = [f"--{name.lower().replace('_', '-')}={getattr(train, name)}" for name in names]
-    flags += [f"--beta={0.132 * (IMAGE_SIZE / 150) ** 2}", "--hidden-dims", *map(str, HIDDEN_DIMS)]
+    flags += ["--hidden-dims", *map(str, HIDDEN_DIMS)]
     command = [sys.executable, train.__file__, *flags, "--data", str(Path("photos").absolute())]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="ours")
     try:

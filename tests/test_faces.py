@@ -113,3 +113,16 @@ def test_a_face_box_is_stored_if_half_of_the_photos_show_a_face():
     assert median_face_box(pictures) == pytest.approx(train.FACE_BOX, abs=0.02)
     assert median_face_box(pictures[..., :1]) == pytest.approx(train.FACE_BOX, abs=0.02)
     assert median_face_box(pictures[[0, 1, 1]]) is None
+
+
+def test_a_tip_is_printed_if_faces_are_not_aligned(capsys):
+    squares = [(373, 235, 217), (333, 215, 300), (223, 95, 380)]
+    one, two, three = (np.asarray(crop_square(PORTRAIT, *square).resize((150, 150))) for square in squares)
+    nothing = np.zeros_like(one)
+    tip = "Tip         The faces are not aligned: crop each photo around its face with --crop face\n"
+    for squares, wanted in (([one, two, three], None), ([one, nothing, nothing], None), ([one], [0.3, 0.3, 0.4])):
+        median_face_box(np.stack(squares), wanted)
+        assert capsys.readouterr().out.endswith(tip)
+    for squares in ([one, one], [nothing]):
+        median_face_box(np.stack(squares))
+        assert "Tip" not in capsys.readouterr().out
