@@ -340,8 +340,8 @@ def read_start():
     if not START_FROM:
         return None, {}
     start, info = vae.load_checkpoint(START_FROM)
-    sizes = {"image_size": IMAGE_SIZE, "channels": CHANNELS, "hidden_dims": [*HIDDEN_DIMS], "latent_dim": LATENT_DIM}
-    others = [f"--{name.replace('_', '-')} {size}" for name, size in start.config.items() if size != sizes[name]]
+    sizes = start.config.items()
+    others = [f"--{name.replace('_', '-')} {size}" for name, size in sizes if size != globals()[name.upper()]]
     if others:
         wanted = " ".join(others).translate(str.maketrans("", "", "[],"))  # flags take lists as words
         raise UserError(f"START_FROM {START_FROM} is a model of another size: to start from it, add {wanted}.")
