@@ -5,7 +5,7 @@
     python train.py --resume                      # continue an interrupted run
     torchrun --nproc-per-node 4 train.py          # on four GPUs
 
-Writes checkpoints_best/vae_model_20.pth (weights of the best epoch, for genpic.py), last.pth (for --resume),
+Writes checkpoints_best/vae_model_20.pth (averaged weights, for genpic.py), last.pth (for --resume),
 history.csv, loss_curves.png, latent_space.png and progress/ with pictures of every epoch.
 """
 
@@ -43,7 +43,7 @@ from vae import CHANNELS, HIDDEN_DIMS, IMAGE_SIZE, LATENT_DIM, UserError, requir
 
 # Input and output
 DATA: str = "data/train"  # folder of photos (including subfolders), .zip of photos, or .npy array
-START_FROM: str = ""  # checkpoint whose weights the run starts with, so that a few photos are enough; if empty, random
+START_FROM: str = ""  # checkpoint whose weights the run starts with, so that a few photos are enough
 OUTPUT_DIR: str = "checkpoints_best"  # folder for the checkpoints, curves and pictures of the run
 RESUME: bool = False  # continue the run saved in OUTPUT_DIR/last.pth
 CROP: str = "center"  # square to use: "center", "face" (around the largest face), or "LEFT TOP SIZE" in pixels
@@ -53,10 +53,10 @@ AUGMENT: float = 0.03  # randomly rotate, shear, stretch and shift photos by up 
 
 # Training
 EPOCHS: int = 20  # passes over the photos; also the number in the checkpoint's file name
-BATCH_SIZE: int = 32  # photos per step, across all GPUs; raise it on large GPUs, lower it if memory runs out
+BATCH_SIZE: int = 32  # photos per step, across all GPUs, at most; raise it on large GPUs, lower it if memory runs out
 LEARNING_RATE: float | None = None  # peak rate of Muon (Adam uses a 30th); None: 0.03, or 0.01 with START_FROM
 RECONSTRUCTION: str = "ssim"  # loss: "mse" (squared error), "ssim" (squared error and SSIM) or "bce" (cross-entropy)
-BETA: float | None = None  # KL weight: lower is sharper, higher gives better samples; None: 0.132 at 150x150, by pixels
+BETA: float | None = None  # weight of the KL divergence, 0.132 by default at 150x150: higher for smoother samples
 KL_WARMUP_EPOCHS: float = 0.0  # epochs over which the KL weight rises from 0; a few help if latents stay unused
 SEED: int = 0  # seed for all random numbers: initial weights, split, order, augmentation, noise
 
@@ -121,20 +121,13 @@ def one_cycle(progress):
     return min(progress / 0.02, (1 - progress) / 0.98)
 
 
-def peak_rate(has_start):
-    """LEARNING_RATE, or its default: lower if the run starts from a checkpoint, so that it keeps what that knows."""
-    default = 0.01 if has_start else 0.03
-    return default if LEARNING_RATE is None else LEARNING_RATE
+def kl_weight(progress=1.0):
+    """BETA, after a linear rise from 0 over KL_WARMUP_EPOCHS.
 
-
-def beta():
-    """BETA, or its default: in proportion to the number of pixels, as the reconstruction loss is."""
-    return 0.132 * (IMAGE_SIZE / 150) ** 2 if BETA is None else BETA
-
-
-def kl_weight(progress):
-    """beta(), after a linear rise from 0 over KL_WARMUP_EPOCHS."""
-    return beta() * min(1.0, progress * EPOCHS / KL_WARMUP_EPOCHS) if KL_WARMUP_EPOCHS else beta()
+    Its default is in proportion to the number of pixels, as the reconstruction loss is.
+    """
+    beta = 0.132 * (IMAGE_SIZE / 150) ** 2 if BETA is None else BETA
+    return beta * min(1.0, progress * EPOCHS / KL_WARMUP_EPOCHS) if KL_WARMUP_EPOCHS else beta
 
 
 def seed_of(use, *numbers):
@@ -235,10 +228,10 @@ def split_photos(count):
 
 
 def batches_of(train_set, epoch):
-    """Return the batches of an epoch as indices (steps, BATCH_SIZE), in an order chosen by SEED.
+    """Return the batches of an epoch as indices (steps, B), in an order chosen by SEED; B is at most BATCH_SIZE.
 
-    The last batch is filled with photos from the start of the order. A small set forms five smaller batches, because
-    a few large steps teach less, but batches of fewer than 12 photos are too noisy.
+    The last batch is filled with photos from the start of the order. A small set forms about five smaller batches,
+    because a few large steps teach less, but batches of fewer than 12 photos are too noisy.
     """
     order = np.random.default_rng(seed_of(b"order", epoch)).permutation(len(train_set))
     size = math.ceil(max(12, len(order) / 5) / world_size) * world_size
@@ -332,8 +325,7 @@ class Run:
 def read_start():
     """Return the model that this run resumes or starts from, and its info; None and {} for random initial weights.
 
-    The info contains the fields of Run.origin if the weights come from START_FROM, now or in the run that is resumed.
-    Raises UserError if the file is missing, not valid, or of a model of another size.
+    The info contains Run.origin. Raises UserError if the file is missing, not valid, or of a model of another size.
     """
     if RESUME:
         return vae.load_checkpoint(Path(OUTPUT_DIR, "last.pth"))
@@ -344,14 +336,14 @@ def read_start():
     others = [f"--{name.replace('_', '-')} {size}" for name, size in sizes if size != globals()[name.upper()]]
     if others:
         wanted = " ".join(others).translate(str.maketrans("", "", "[],"))  # flags take lists as words
-        raise UserError(f"START_FROM {START_FROM} is a model of another size: to start from it, add {wanted}.")
+        raise UserError(f"START_FROM {START_FROM} is a model of another size: to start from it, set {wanted}.")
     with open(START_FROM, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return start, {"start_sha256": digest, "start_about": info.get("about") or info.get("start_about", "")}
 
 
 def new_run(settings, device, start=None, info=()):
-    """Return a new run with the weights of the model `start` (and its `info`), if given, else random ones.
+    """Return a new run with the weights of `start` (from read_start, with its info) or random ones.
 
     The random weights, and the split, depend on SEED.
     """
@@ -362,17 +354,19 @@ def new_run(settings, device, start=None, info=()):
     if len(pixels) <= 2 * world_size:
         raise UserError(f"Training needs at least {2 * world_size + 1} usable photos but has only {len(pixels)}.")
     if photos and photos[0].path.parent != DEMO and len(pixels) < 2000 and not start:
-        print("Tip         Few photos: add --start-from checkpoints_best/vae_model_20.pth, a model that knows faces")
-    checksum = zlib.crc32(pixels[:, IMAGE_SIZE // 2].cpu().numpy().tobytes())  # of each photo's middle row
+        better = "--start-from checkpoints_best/vae_model_20.pth --output-dir saved_models"
+        print(f"Tip         Few photos: begin with a model that knows faces, {better}")
     split = [indices.to(pixels.device) for indices in split_photos(len(pixels))]
     origin = {name: info[name] for name in ("start_sha256", "start_about") if name in info}
-    rate = peak_rate(bool(origin))
-    settings |= {"photos": f"{len(pixels)} photos, checksum {checksum:08x}", "LEARNING_RATE": rate, "BETA": beta()}
+    rate = LEARNING_RATE or (0.01 if origin else 0.03)
     torch.manual_seed(seed_of(b"init"))
     model = start or vae.VAE(IMAGE_SIZE, CHANNELS, HIDDEN_DIMS, LATENT_DIM)
     model.to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    average.face_box = face_box if CROP == "face" else None
+    if CROP == "face":
+        average.face_box = face_box
+    elif rank == 0 and not RESUME:
+        average.face_box = median_face_box(pixels[split[0][:100]].cpu().numpy(), start and start.face_box)
     optimizers = optimizers_of(model, rate)
     network = model
     is_compiled = can_compile(device)
@@ -385,6 +379,10 @@ def new_run(settings, device, start=None, info=()):
         [tensor for name, tensor in one.state_dict().items() if tensor.is_floating_point() and "latent_" not in name]
         for one in (average, model)  # without the prior, which is fitted only for the average
     ]
+    checksum = zlib.crc32(pixels[:, IMAGE_SIZE // 2].cpu().numpy().tobytes())  # of each photo's middle row
+    used = {"LEARNING_RATE": rate, "BETA": kl_weight(), "BATCH_SIZE": batches_of(split[0], 0).shape[1]}
+    settings = {name: value for name, value in settings.items() if name not in MAY_CHANGE} | used
+    settings["photos"] = f"{len(pixels)} photos, checksum {checksum:08x}"
     return Run(model, network, average, averaging, optimizers, device, pixels, *split, settings, is_compiled, origin)
 
 
@@ -505,7 +503,7 @@ def validate(run):
     squared_error, recon_loss = torch.cat(losses, dim=1).cpu().double()
     kl = kl_divergence(mu, log_var).sum(1).double()
     metrics = {
-        "val_loss": (recon_loss + beta() * kl).mean().item(),
+        "val_loss": (recon_loss + kl_weight() * kl).mean().item(),
         "val_reconstruction": recon_loss.mean().item(),
         "val_kl": kl.mean().item(),
         "val_psnr": vae.psnr(squared_error.mean().item() / images[0].numel()),
@@ -522,8 +520,7 @@ def finish_epoch(run, count):
     run.history.append(row)
     back_up(run)
     if kept_row(run) is row:
-        constants = {name: value for name, value in run.settings.items() if name not in MAY_CHANGE}
-        vae.save_checkpoint(checkpoint_path(), run.average, constants=constants, **run.origin, **row)
+        vae.save_checkpoint(checkpoint_path(), run.average, constants=run.settings, **run.origin, **row)
     save_pictures(run, row["epoch"])
     save_history(run.history)
     if row["epoch"] == EPOCHS:
@@ -534,9 +531,11 @@ def finish_epoch(run, count):
 def kept_row(run):
     """Return the metrics of the epoch whose weights are kept: the best, or with START_FROM the last.
 
-    Few photos leave too few for validation to choose by, and a likeness grows until the end, which no loss measures.
+    A likeness grows until the end, which the loss does not measure, and few photos leave too few for validation.
     """
-    return run.history[-1] if run.origin else min(run.history, key=lambda row: row["val_loss"])
+    if run.origin:
+        return run.history[-1]
+    return min(run.history, key=lambda row: (math.isnan(row["val_loss"]), row["val_loss"]))
 
 
 def log_line(row, is_best):
@@ -544,14 +543,9 @@ def log_line(row, is_best):
     losses = f"train {row['train_loss']:.1f}  val {row['val_loss']:.1f}  KL {row['val_kl']:.1f} nats"
     quality = f"PSNR {row['val_psnr']:.2f} dB  {row['images_per_second']:.1f} images/s"
     remark = "  best so far" if is_best else ""
-    if has_collapsed(row):
+    if row["val_kl"] < 1:  # the codes of the validation photos say almost nothing
         remark = "  COLLAPSED: all reconstructions look alike; train longer or lower BETA"
     return f"Epoch {row['epoch']:2d}/{EPOCHS}  {losses}  {quality}{remark}"
-
-
-def has_collapsed(row):
-    """Return whether the codes of the validation photos say almost nothing: less than 1 nat."""
-    return row["val_kl"] < 1
 
 
 # Files of a run
@@ -609,25 +603,23 @@ def back_up(run):
 def save_last(run):
     """Write last.pth, everything that --resume needs; raises UserError if a weight of the average is not finite."""
     position = {name: getattr(run, name) for name in ("epoch", "step", "seconds", "sums", "history")}
-    state = {"format": FORMAT, "constants": run.settings, "position": position}
-    state["raw_state_dict"] = run.model.state_dict()
-    state["optimizers"] = [optimizer.state_dict() for optimizer in run.optimizers]
-    vae.save_checkpoint(Path(OUTPUT_DIR, "last.pth"), run.average, **state, **run.origin)
+    optimizers = [optimizer.state_dict() for optimizer in run.optimizers]
+    state = {"raw_state_dict": run.model.state_dict(), "optimizers": optimizers, "position": position}
+    path = Path(OUTPUT_DIR, "last.pth")
+    vae.save_checkpoint(path, run.average, format=FORMAT, constants=run.settings, **run.origin, **state)
 
 
-def resume(run, average, info):
+def resume(run, info):
     """Restore a run from the contents of last.pth; raises UserError if its settings, photos or format differ."""
     path = Path(OUTPUT_DIR, "last.pth")
     if info.get("format") != FORMAT:
         raise UserError(f"{path} was not written by a run of this version: start a new run without --resume.")
     then = info["constants"]
-    changes = [name for name in then if name in run.settings.keys() - MAY_CHANGE and then[name] != run.settings[name]]
+    changes = [name for name in then if then[name] != run.settings.get(name, then[name])]
     if changes:
         told = "; ".join(f"{name} was {then[name]} and is now {run.settings[name]}" for name in sorted(changes))
-        finished = Path(OUTPUT_DIR, f"vae_model_{then['EPOCHS']}.pth")
-        further = f" To train it further, use --start-from {finished} without --resume." if "EPOCHS" in changes else ""
+        further = f" To train it further, use --start-from {path} instead of --resume." if "EPOCHS" in changes else ""
         raise UserError(f"The run in {path} can only continue with the same settings and photos: {told}.{further}")
-    run.average.face_box = average.face_box
     run.model.load_state_dict(info["raw_state_dict"])
     for optimizer, state in zip(run.optimizers, info["optimizers"], strict=True):
         optimizer.load_state_dict(state)
@@ -729,9 +721,10 @@ def check_settings():
     fits = 2 * world_size <= BATCH_SIZE and BATCH_SIZE % world_size == 0
     require(fits, "BATCH_SIZE", BATCH_SIZE, f"at least 2 for each process, and a multiple of {world_size}")
     require(0 <= AUGMENT <= 0.5, "AUGMENT", AUGMENT, "from 0 to 0.5")
-    require(0 < peak_rate(False) < 1e30, "LEARNING_RATE", LEARNING_RATE, "a positive number below 1e30")
+    valid = LEARNING_RATE is None or 0 < LEARNING_RATE < 1e30
+    require(valid, "LEARNING_RATE", LEARNING_RATE, "a positive number below 1e30")
     require(RECONSTRUCTION in ("mse", "ssim", "bce"), "RECONSTRUCTION", RECONSTRUCTION, '"mse", "ssim" or "bce"')
-    require(0 <= beta() < 1e30, "BETA", BETA, "at least 0 and below 1e30")
+    require(BETA is None or 0 <= BETA < 1e30, "BETA", BETA, "at least 0 and below 1e30")
     require(0 <= KL_WARMUP_EPOCHS <= EPOCHS, "KL_WARMUP_EPOCHS", KL_WARMUP_EPOCHS, f"from 0 to EPOCHS ({EPOCHS})")
     require(SEED >= 0, "SEED", SEED, "at least 0")
     require(world_size == 1 or ":" not in DEVICE, "DEVICE", DEVICE, '"auto" or "cpu" with torchrun')
@@ -741,8 +734,6 @@ def check_settings():
     require(CROP != "face" or face_detector(), "CROP", CROP, '"center" or "LEFT TOP SIZE" unless dlib is installed')
     if RESUME and not os.path.isfile(out / "last.pth"):
         raise UserError(f"There is no {OUTPUT_DIR}/last.pth to resume: drop --resume, or correct --output-dir.")
-    if START_FROM and not RESUME and not os.path.isfile(START_FROM):
-        raise UserError(f"There is no checkpoint {START_FROM} to start from: correct --start-from.")
 
 
 def describe_run(run):
@@ -753,14 +744,12 @@ def describe_run(run):
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     print(f"Split       {len(run.train_set):,} training photos, {len(run.val_set):,} validation photos")
     print(f"Model       {IMAGE_SIZE}x{IMAGE_SIZE}x{CHANNELS}, latent {LATENT_DIM}, {parameters:,} parameters")
-    if START_FROM and not RESUME:
-        print(f"Start       from the weights in {START_FROM}")
-    print(f"Recipe      LEARNING_RATE {run.settings['LEARNING_RATE']:g}, BETA {run.settings['BETA']:.4g}")
+    begin = f", weights of {START_FROM}" if START_FROM and not RESUME else ""
+    print(f"Recipe      LEARNING_RATE {run.settings['LEARNING_RATE']:g}, BETA {run.settings['BETA']:.4g}{begin}")
     if RESUME:
         print(f"Resuming    after epoch {run.epoch} of {EPOCHS} and step {run.step} of the next")
-    batch_size = batches_of(run.train_set, 0).shape[1]
     processes = f"{world_size} x {run.device.type} ({name})"
-    print(f"Device      {processes}, {kind}, {compiled}, batches of {batch_size}", flush=True)
+    print(f"Device      {processes}, {kind}, {compiled}, batches of {run.settings['BATCH_SIZE']}", flush=True)
 
 
 def describe_result(run):
@@ -769,7 +758,7 @@ def describe_result(run):
     path = checkpoint_path()
     choice = [] if path == Path("checkpoints_best/vae_model_20.pth") else ["--checkpoint", str(path)]
     print(f"Done        The weights of epoch {kept['epoch']}, {kept['val_psnr']:.2f} dB, are in {path}")
-    latents = "collapsed" if has_collapsed(kept) else f"{kept['active_units']} of {LATENT_DIM} active"
+    latents = "collapsed" if kept["val_kl"] < 1 else f"{kept['active_units']} of {LATENT_DIM} active"
     print(f"Latents     {latents}, {kept['val_kl']:.1f} nats of KL divergence")
     print(f"Next        {command_line('python', 'genpic.py', *choice)}")
 
@@ -789,10 +778,7 @@ def main(argv=()):
             start, info = read_start()
             run = new_run(settings, device, start, info)
             if RESUME:
-                resume(run, start, info)
-            elif CROP != "face" and rank == 0:
-                some = run.pixels[run.train_set[:100]].cpu().numpy()
-                run.average.face_box = median_face_box(some, start and start.face_box)
+                resume(run, info)
             if rank == 0:
                 describe_run(run)
             with stopping_after_the_step() if world_size == 1 else nullcontext():  # a single rank must not stop alone

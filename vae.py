@@ -154,7 +154,8 @@ def load_checkpoint(path, device="cpu"):
         if isinstance(content, nn.Module):
             content = content.state_dict()
         info = dict(content) if "state_dict" in content else {"state_dict": content}
-        state_dict = dict(info.pop("state_dict"))
+        layout = torch.contiguous_format  # the file's tensors may share or repeat memory
+        state_dict = {name: tensor.clone(memory_format=layout) for name, tensor in info.pop("state_dict").items()}
         with torch.device("meta"):  # allocates nothing, draws no random numbers: the file's tensors become the weights
             model = VAE(**info.pop("config", {}))
         state_dict.setdefault("latent_mean", torch.zeros(model.config["latent_dim"]))
@@ -176,7 +177,7 @@ def load_checkpoint(path, device="cpu"):
 def read_checkpoint(path):
     """Return the contents of a torch.save file: tensors, plain types, modules; raises UserError for anything else."""
     if not os.path.isfile(path):
-        raise UserError(f"There is no checkpoint {path}: train one with `python train.py`, or set --checkpoint.")
+        raise UserError(f"There is no checkpoint {path}: correct the path, or train one with `python train.py`.")
     layers = (nn.Sequential, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.LeakyReLU, nn.Linear, nn.Sigmoid)
     shells = [(nn.Module, f"{layer.__module__}.{layer.__name__}") for layer in layers]  # loads weights without methods
     try:

@@ -95,6 +95,16 @@ def test_no_pickle_is_ever_executed(workplace):
     print(f"\nCount: {len(files)} malicious pickles refused by both scripts")
 
 
+def test_weights_that_share_or_repeat_memory_become_separate(tmp_path):
+    state = vae.VAE(16, 1, [4], 3).state_dict()
+    state["fc_mu.bias"] = state["fc_var.bias"] = torch.ones(1).expand(3)
+    config = {"image_size": 16, "channels": 1, "hidden_dims": [4], "latent_dim": 3}
+    torch.save({"config": config, "state_dict": state}, tmp_path / "model.pth")
+    model, _ = load_checkpoint(tmp_path / "model.pth")
+    model.fc_mu.bias.data[0] = 2
+    assert model.fc_mu.bias.tolist() == [2, 1, 1] and model.fc_var.bias.tolist() == [1, 1, 1]
+
+
 UNREAD = "is damaged or is not a checkpoint of tensors and plain Python types."
 CONFIG = {"image_size": 24, "channels": 1, "hidden_dims": [4, 8], "latent_dim": 5}
 STATE = vae.VAE(**CONFIG).state_dict()

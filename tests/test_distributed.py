@@ -38,6 +38,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     draw_faces(folder / "faces", 36)
     (folder / "recorder.py").write_text(RECORDER)
+    vae.save_checkpoint(folder / "start.pth", vae.VAE(32, 3, [8, 16], 8))
     return folder
 
 
@@ -64,7 +65,7 @@ def test_two_processes_have_the_same_weights_after_every_step(runs):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
 def test_a_run_with_a_killed_process_ends_and_resumes_after_its_last_complete_epoch(folder):
-    command = [ROOT / "train.py", *RUN, "--epochs", "1000", "--output-dir", "killed"]
+    command = [ROOT / "train.py", *RUN, "--epochs", "1000", "--output-dir", "killed", "--start-from=start.pth"]
     process = start(folder, *TWO, *command)
     assert any("Epoch  2/1000" in line for line in process.stdout)
     os.kill(int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1]), signal.SIGKILL)

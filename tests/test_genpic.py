@@ -22,7 +22,7 @@ from data.photos import find_photos, read_image
 MORPH = ["--mode", "interpolate", "--image", "faces/face 003.jpg", "--image-to", "faces/face 007.jpg"]
 NO_PHOTO = "it must be a file other than the photos"
 REFUSED = {
-    "--checkpoint missing.pth": "There is no checkpoint missing.pth: train one with `python train.py`",
+    "--checkpoint missing.pth": "There is no checkpoint missing.pth: correct the path, or train one",
     "--image empty --mode reconstruct": "There are no photos in empty: add one",
     "--mode interpolate --image-to broken.jpg": "broken.jpg cannot be read as an image (not a picture in a known",
     "--image-to me.jpg": "MODE is 'variations': it must be \"interpolate\" if IMAGE_TO is set",
