@@ -56,7 +56,7 @@ EPOCHS: int = 20  # passes over the photos; also the number in the checkpoint's 
 BATCH_SIZE: int = 32  # photos per step, across all GPUs, at most; raise it on large GPUs, lower it if memory runs out
 LEARNING_RATE: float | None = None  # peak rate of Muon (Adam uses a 30th); None: 0.03, or 0.01 with START_FROM
 RECONSTRUCTION: str = "ssim"  # loss: "mse" (squared error), "ssim" (squared error and SSIM) or "bce" (cross-entropy)
-BETA: float | None = None  # weight of the KL divergence, 0.132 by default at 150x150: higher for smoother samples
+BETA: float | None = None  # weight of the KL divergence, higher for smoother samples; None: 0.132 (IMAGE_SIZE / 150)^2
 KL_WARMUP_EPOCHS: float = 0.0  # epochs over which the KL weight rises from 0; a few help if latents stay unused
 SEED: int = 0  # seed for all random numbers: initial weights, split, order, augmentation, noise
 

@@ -42,8 +42,9 @@ def test_commands_run(command, tmp_path, monkeypatch):
     values = dict(pairwise(flags))
     for name, default in (("--data", "data/demo"), ("--image", genpic.IMAGE), ("--image-to", "you.jpg")):
         draw(Path(values.get(name, default)).expanduser())
+    checkpoint = values.get("--start-from") or values.get("--checkpoint", genpic.CHECKPOINT)
+    vae.save_checkpoint(checkpoint, vae.VAE(32, 3, [4, 8], 4))
     if script == "genpic.py":
-        vae.save_checkpoint(values.get("--checkpoint", genpic.CHECKPOINT), vae.VAE(32, 3, [4], 4))
         genpic.main([*flags, "--device", "cpu"])
     else:
         if "--resume" in flags:
