@@ -122,11 +122,10 @@ def one_cycle(progress):
 
 
 def kl_weight(progress=1.0):
-    """BETA, after a linear rise from 0 over KL_WARMUP_EPOCHS.
-
-    Its default is in proportion to the number of pixels, as the reconstruction loss is.
-    """
-    beta = 0.132 * (IMAGE_SIZE / 150) ** 2 if BETA is None else BETA
+    """BETA, after a linear rise from 0 over KL_WARMUP_EPOCHS."""
+    beta = (
+        0.132 * (IMAGE_SIZE / 150) ** 2 if BETA is None else BETA
+    )  # grows as the loss does, which is a sum over pixels
     return beta * min(1.0, progress * EPOCHS / KL_WARMUP_EPOCHS) if KL_WARMUP_EPOCHS else beta
 
 
@@ -199,10 +198,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers_of(model, rate):
-    """Return Muon for the inner weights of a VAE, and Adam for its first and last layers, biases and BatchNorm.
-
-    `rate` is Muon's peak learning rate; Adam's is a 30th of it.
-    """
+    """Return Muon, with a peak `rate`, for the inner weights of a VAE, and Adam, with a 30th of it, for all others."""
     _, *inner, _ = (weight for weight in model.parameters() if weight.ndim > 1)
     others = [parameter for parameter in model.parameters() if parameter not in {*inner}]
     inner.sort(key=lambda weight: sorted(weight.flatten(1).shape))
@@ -343,10 +339,7 @@ def read_start():
 
 
 def new_run(settings, device, start=None, info=()):
-    """Return a new run with the weights of `start` (from read_start, with its info) or random ones.
-
-    The random weights, and the split, depend on SEED.
-    """
+    """Return a new run; without a model `start` (and its info), initial weights depend on SEED, as the split does."""
     photos = find_training_photos(DATA) if rank == 0 else []
     face_box = list((start and start.face_box) or FACE_BOX)
     cut = {"channels": CHANNELS, "size": IMAGE_SIZE, "crop": CROP, "face_box": face_box}
