@@ -122,10 +122,8 @@ def one_cycle(progress):
 
 
 def kl_weight(progress=1.0):
-    """BETA, after a linear rise from 0 over KL_WARMUP_EPOCHS."""
-    beta = (
-        0.132 * (IMAGE_SIZE / 150) ** 2 if BETA is None else BETA
-    )  # grows as the loss does, which is a sum over pixels
+    """BETA (by default proportional to the number of pixels, like the loss), after a rise over KL_WARMUP_EPOCHS."""
+    beta = 0.132 * (IMAGE_SIZE / 150) ** 2 if BETA is None else BETA
     return beta * min(1.0, progress * EPOCHS / KL_WARMUP_EPOCHS) if KL_WARMUP_EPOCHS else beta
 
 
