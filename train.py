@@ -53,7 +53,7 @@ AUGMENT: float = 0.03  # randomly rotate, shear, stretch and shift photos by up 
 
 # Training
 EPOCHS: int = 20  # passes over the photos; also the number in the checkpoint's file name
-BATCH_SIZE: int = 32  # photos per step, across all GPUs, at most; raise it on large GPUs, lower it if memory runs out
+BATCH_SIZE: int = 32  # photos per step on all GPUs (small sets: fewer); raise it on large GPUs, lower it to save memory
 LEARNING_RATE: float | None = None  # peak rate of Muon (Adam uses a 30th); None: 0.03, or 0.01 with START_FROM
 RECONSTRUCTION: str = "ssim"  # loss: "mse" (squared error), "ssim" (squared error and SSIM) or "bce" (cross-entropy)
 BETA: float | None = None  # weight of the KL divergence, higher for smoother samples; None: 0.132 (IMAGE_SIZE / 150)^2
@@ -337,7 +337,7 @@ def read_start():
 
 
 def new_run(settings, device, start=None, info=()):
-    """Return a new run; without a model `start` (and its info), initial weights depend on SEED, as the split does."""
+    """Return a new run that begins with the model `start` (and its info), or with weights that depend on SEED."""
     photos = find_training_photos(DATA) if rank == 0 else []
     face_box = list((start and start.face_box) or FACE_BOX)
     cut = {"channels": CHANNELS, "size": IMAGE_SIZE, "crop": CROP, "face_box": face_box}
@@ -522,11 +522,9 @@ def finish_epoch(run, count):
 def kept_row(run):
     """Return the metrics of the epoch whose weights are kept: the best, or with START_FROM the last.
 
-    A likeness grows until the end, which the loss does not measure, and few photos leave too few for validation.
+    The loss does not measure likeness, which improves until the end, and few photos leave too few for validation.
     """
-    if run.origin:
-        return run.history[-1]
-    return min(run.history, key=lambda row: (math.isnan(row["val_loss"]), row["val_loss"]))
+    return run.history[-1] if run.origin else min(run.history, key=lambda row: row["val_loss"])
 
 
 def log_line(row, is_best):
@@ -744,7 +742,7 @@ def describe_run(run):
 
 
 def describe_result(run):
-    """Print whose weights were kept, the state of the latents, and the next command."""
+    """Print which epoch's weights were kept, the state of the latents, and the next command."""
     kept = kept_row(run)
     path = checkpoint_path()
     choice = [] if path == Path("checkpoints_best/vae_model_20.pth") else ["--checkpoint", str(path)]

@@ -77,8 +77,8 @@ def measure_face(grey, box):
 def median_face_box(pictures, wanted=None):
     """Return the median box of the faces in square pictures, uint8 (N, S, S, C), as fractions of the side.
 
-    Returns None if fewer than half of the pictures show a face. Prints a tip if the faces are not all at about the
-    same place, which is the box `wanted`, if given.
+    Returns None if fewer than half of the pictures show a face. Prints a tip if the faces are in different places, or
+    far from the box `wanted`.
     """
     found = [find_faces(Image.fromarray(picture.squeeze())) for picture in pictures]
     boxes = np.array([faces[0] for faces in found if faces]) / pictures.shape[1]
