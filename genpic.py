@@ -1,7 +1,7 @@
-"""Make pictures with a trained model: variations of a photo, reconstructions, samples, interpolations.
+"""Make pictures with a trained model: variations of a photo, edits, reconstructions, samples, interpolations.
 
     python genpic.py                                  # ten variations of the photo in data/tested_data
-    python genpic.py --image me.jpg --tune 50         # every setting at the top of the script is a flag
+    python genpic.py --image me.jpg --tune 50 --edit "Smiling 2, Eyeglasses -1"    # every setting is a flag
     python genpic.py --mode sample --output faces.png
     python genpic.py --mode interpolate --image me.jpg --image-to you.jpg --output morph.gif
 
@@ -11,6 +11,7 @@ By default, writes generated_images_grid2.jpg: the photo, its reconstruction and
 import copy
 import itertools
 import math
+import textwrap
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torchvision.transforms.functional import to_tensor
 from tqdm import tqdm
 
 import vae
+from data.attributes import parse_edit
 from data.faces import check_crop, read_square
 from data.photos import find_photos
 from vae import UserError, require
@@ -26,9 +28,10 @@ from vae import UserError, require
 CHECKPOINT: str = "checkpoints_best/vae_model_20.pth"  # the model saved by train.py
 IMAGE: str = "data/tested_data"  # photo; or a folder, .zip or .npy: its first photo ("reconstruct" uses all of them)
 CROP: str = "face"  # square to use: "face" (around the largest face), "center", or "LEFT TOP SIZE" in pixels
-IMAGE_TO: str = ""  # photo where "interpolate" ends (it starts at IMAGE); if empty, it goes from one sample to another
-OUTPUT: str = "generated_images_grid2.jpg"  # output file: .jpg, .png or .webp; for "interpolate" also .gif
-MODE: str = "variations"  # what to generate: variations, reconstruct, sample, interpolate or sweep
+IMAGE_TO: str = ""  # photo where "interpolate" ends; if empty, it ends at IMAGE after EDIT, or goes between two samples
+OUTPUT: str = "generated_images_grid2.jpg"  # output file: .jpg, .png or .webp; for an animation also .gif
+MODE: str = "variations"  # what to generate: variations, reconstruct, sample, interpolate, sweep or attributes
+EDIT: str = ""  # attributes to change, by how many units, as in "Smiling 2, Eyeglasses -1"; "attributes" shows them all
 TUNE: int = 0  # steps that fit the decoder to the photos first; 50 take a second or two and keep the person
 NUM_VARIATIONS: int = 10  # number of variations; for "sweep", per row
 W: float = 0.01  # strength of variations, from 0 (none) to 1 (other people); 0.1 changes features, 0.01 only the tint
@@ -42,13 +45,12 @@ SWEEP = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)  # the W of each row of "sweep"
 # From photos to codes
 def find_sources():
     """Return the Photos at IMAGE and IMAGE_TO, where MODE uses them; raises UserError if either has none."""
-    if MODE == "sample" or (MODE == "interpolate" and not IMAGE_TO):
+    if MODE == "sample" or (MODE == "interpolate" and not IMAGE_TO and not EDIT):
         return []
     sources = [find_photos(place) for place in (IMAGE, IMAGE_TO) if place]
     if not all(sources):
-        raise UserError(
-            f"There are no photos in {IMAGE_TO if sources[0] else IMAGE}: add one, or choose another place."
-        )
+        place = IMAGE_TO if sources[0] else IMAGE
+        raise UserError(f"There are no photos in {place}: add one, or choose another place.")
     return sources
 
 
@@ -77,7 +79,7 @@ def read_photos(model, photos):
 
 
 def encode_photos(model, pairs):
-    """Return images (N, C, H, W) of (Photo, image) pairs, reconstructions, codes (N, L), and the (fitted) model."""
+    """Return images (N, C, H, W) of (Photo, image) pairs, edited pictures, codes (N, L), and the (fitted) model."""
     images = torch.cat([image for _, image in pairs])
     mu, _ = model.encode(images)
     fitted = fit_decoder(model, mu, images) if TUNE else model
@@ -86,7 +88,7 @@ def encode_photos(model, pairs):
     for (photo, _), *each in zip(pairs, *errors, strict=True):
         psnrs = [f"{vae.psnr(error):.2f} dB" for error in each]
         print(f"Photo       {photo}, reconstructed with a PSNR of {f', fitted in {TUNE} steps to '.join(psnrs)}")
-    return images, recons[-1], mu, fitted
+    return images, fitted.decode(edit(model, mu)) if EDIT else recons[-1], mu, fitted
 
 
 @torch.enable_grad()
@@ -110,6 +112,12 @@ def fit_decoder(model, codes, images):
 
 
 # Arithmetic on codes
+def edit(model, codes):
+    """Return codes (N, L) moved as EDIT says."""
+    units = parse_edit(EDIT, model.directions)
+    return codes + sum(number * model.directions[name].to(codes) for name, number in units.items())
+
+
 def perturb(model, mu, eps, w):
     """Return variations (N, L) of a photo's code mu (1, L), given noise eps (N, L) and their strength w in [0, 1].
 
@@ -147,22 +155,40 @@ def make_variations(model, photos):
     """Yield the photo, its reconstruction and NUM_VARIATIONS variations of it."""
     image, recon, mu, model = encode_photos(model, [next(read_photos(model, photos))])
     codes = perturb(model, mu, vae.latent_noise(model, NUM_VARIATIONS, SEED), W)
-    yield torch.cat([image, recon, decode_in_parts(model, codes)]), 6
+    yield torch.cat([image, recon, decode_in_parts(model, edit(model, codes))]), 6
 
 
 def make_sweep(model, photos):
     """Yield a row of NUM_VARIATIONS variations of the photo for each W in SWEEP, with the same noise in each column."""
     _, _, mu, model = encode_photos(model, [next(read_photos(model, photos))])
     eps = vae.latent_noise(model, NUM_VARIATIONS, SEED)
-    rows = [[label(model, f"W =\n{w:g}"), decode_in_parts(model, perturb(model, mu, eps, w))] for w in SWEEP]
+    codes = [edit(model, perturb(model, mu, eps, w)) for w in SWEEP]
+    rows = [[label(model, f"W =\n{w:g}"), decode_in_parts(model, z)] for w, z in zip(SWEEP, codes, strict=True)]
     yield torch.cat(list(itertools.chain(*rows))), 1 + NUM_VARIATIONS
+
+
+def make_attributes(model, photos):
+    """Yield the photo with each attribute, those of EDIT or all, changed by -3 to 3 units: a row each, 16 per sheet."""
+    _, _, mu, model = encode_photos(model, [next(read_photos(model, photos))])
+    print(f"Attributes  {', '.join(model.directions)}")
+    names = [*parse_edit(EDIT, model.directions)] or [*model.directions]
+    units = torch.linspace(-3, 3, 20 if is_animation() else 7, device=mu.device)[:, None]
+    rows = [decode_in_parts(model, mu + units * model.directions[name].to(mu)) for name in names]
+    if is_animation():
+        yield rows[0], 5
+        return
+    labels = [textwrap.fill(name.replace("_", " "), 10, break_long_words=False) + "\n-3 to 3" for name in names]
+    rows = [torch.cat([label(model, text), row]) for text, row in zip(labels, rows, strict=True)]
+    for first in range(0, len(rows), 16):
+        yield torch.cat(rows[first : first + 16]), 8
 
 
 def label(model, text):
     """Return text, black on white, as an image (1, C, H, W) of the model's size."""
     size = model.config["image_size"]
     tile = Image.new("RGB" if model.config["channels"] == 3 else "L", (size, size), "white")
-    font = ImageFont.load_default(max(8, size // 6))
+    longest = max(map(len, text.split("\n")))
+    font = ImageFont.load_default(max(8, min(size / 6, 1.7 * size / longest)))
     ImageDraw.Draw(tile).text((size / 2, size / 2), text, "black", font, anchor="mm", align="center")
     return to_tensor(tile)[None].to(model.latent_mean.device)
 
@@ -176,22 +202,25 @@ def make_reconstructions(model, photos):
         tiles = torch.cat([torch.stack(encode_photos(model, group)[:2], dim=1).flatten(0, 1) for group in groups])
         errors += (tiles[::2] - tiles[1::2]).square().mean((1, 2, 3)).tolist()
         yield tiles, 8
-    print(f"PSNR        {vae.psnr(sum(errors) / len(errors)):.2f} dB over all {'fitted ' * (TUNE > 0)}reconstructions")
+    if not EDIT:
+        kind = "fitted " if TUNE else ""
+        print(f"PSNR        {vae.psnr(sum(errors) / len(errors)):.2f} dB over all {kind}reconstructions")
 
 
 def make_samples(model):
     """Yield 100 faces sampled from the prior."""
-    yield decode_in_parts(model, model.draw_latents(vae.latent_noise(model, 100, SEED))), 10
+    yield decode_in_parts(model, edit(model, model.draw_latents(vae.latent_noise(model, 100, SEED)))), 10
 
 
 def make_interpolation(model, *sources):
-    """Yield 20 pictures between the photos IMAGE and IMAGE_TO, or between two samples."""
+    """Yield 20 pictures between the photos IMAGE and IMAGE_TO, from IMAGE to its edit, or between two samples."""
     if sources:
-        _, _, (start, end), model = encode_photos(model, [next(read_photos(model, photos)) for photos in sources])
+        _, _, ends, model = encode_photos(model, [next(read_photos(model, photos)) for photos in sources])
     else:
         print("Between     two samples; to morph between photos, use --image and --image-to")
-        start, end = model.draw_latents(vae.latent_noise(model, 2, SEED))
-    yield decode_in_parts(model, codes_between(model, start, end)), 5
+        ends = model.draw_latents(vae.latent_noise(model, 2, SEED))
+    edited = edit(model, ends)
+    yield decode_in_parts(model, codes_between(model, ends[0] if len(sources) == 1 else edited[0], edited[-1])), 5
 
 
 MODES = {
@@ -200,13 +229,20 @@ MODES = {
     "sample": make_samples,
     "interpolate": make_interpolation,
     "sweep": make_sweep,
+    "attributes": make_attributes,
 }
 
 
 # Main
+def is_animation():
+    """Return whether OUTPUT is a .gif or .webp of pictures that gradually change."""
+    changes = MODE == "interpolate" or (MODE == "attributes" and EDIT and "," not in EDIT)
+    return changes and Path(OUTPUT).suffix.lower() in (".gif", ".webp")
+
+
 def save_sheet(images, path, columns):
-    """Save images (N, C, H, W) as a grid, or an interpolation to .gif or .webp as a forward-and-back animation."""
-    if MODE != "interpolate" or path.suffix.lower() not in (".gif", ".webp"):
+    """Save images (N, C, H, W) as a grid, or as a forward-and-back animation."""
+    if not is_animation():
         vae.save_grid(images, path, columns)
     else:
         first, *others = [vae.to_picture(image) for image in torch.cat([images, images[1:-1].flip(0)])]
@@ -225,8 +261,9 @@ def check_settings():
     require(0 <= W <= 1, "W", W, "a number from 0 to 1")
     require(NUM_VARIATIONS >= 1, "NUM_VARIATIONS", NUM_VARIATIONS, "at least 1")
     require(SEED >= 0, "SEED", SEED, "at least 0")
-    endings = [".jpg", ".jpeg", ".png", ".webp"] + [".gif"] * (MODE == "interpolate")
-    require(Path(OUTPUT).suffix.lower() in endings, "OUTPUT", OUTPUT, f"a file name ending in {', '.join(endings)}")
+    fits = Path(OUTPUT).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") or is_animation()
+    wanted = 'a file name ending in .jpg, .png or .webp; or .gif for "interpolate", or "attributes" with one in EDIT'
+    require(fits, "OUTPUT", OUTPUT, wanted)
 
 
 def fall_back_to_script_folder(given):
@@ -259,11 +296,15 @@ def main(argv=()):
         fall_back_to_script_folder(given)
         model, info = vae.load_checkpoint(CHECKPOINT, vae.pick_device(DEVICE))
         describe_model(model, info)
+        adding = f"python train.py --data PHOTOS --attributes TABLE --start-from {CHECKPOINT} --epochs 0"
+        wanted = f"a model with directions of attributes, which `{adding}` adds"
+        require(model.directions or not (EDIT or MODE == "attributes"), "CHECKPOINT", CHECKPOINT, wanted)
+        parse_edit(EDIT, model.directions)  # fails before anything is made
         if PRIOR == "standard":
             model.latent_mean.zero_()
             model.latent_scale.copy_(torch.eye(model.config["latent_dim"]))
         sources = find_sources()
-        require(sources or not TUNE, "TUNE", TUNE, "0 without a photo to fit (interpolate needs IMAGE_TO)")
+        require(sources or not TUNE, "TUNE", TUNE, "0 without a photo to fit (interpolate needs IMAGE_TO or EDIT)")
         inputs = {str(photo.path.resolve()).lower() for photo in itertools.chain(*sources)}  # case may not matter
         for number, (images, columns) in enumerate(MODES[MODE](model, *sources), start=1):
             path = Path(OUTPUT) if number == 1 else Path(OUTPUT).with_stem(f"{Path(OUTPUT).stem}-{number}")

@@ -18,7 +18,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import zlib
@@ -36,6 +35,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import vae
+from data.attributes import Labels, fit_directions, read_labels
 from data.cache import load_images, load_pixels
 from data.faces import check_crop, face_detector, median_face_box
 from data.photos import DEMO, find_training_photos
@@ -43,6 +43,7 @@ from vae import CHANNELS, HIDDEN_DIMS, IMAGE_SIZE, LATENT_DIM, UserError, requir
 
 # Input and output
 DATA: str = "data/train"  # folder of photos (including subfolders), .zip of photos, or .npy array
+ATTRIBUTES: str = ""  # table of attributes that genpic.py can then change: CelebA's, a .csv, or "folders" (subfolders)
 START_FROM: str = ""  # checkpoint whose weights the run starts with, so that a few photos are enough
 OUTPUT_DIR: str = "checkpoints_best"  # folder for the checkpoints, curves and pictures of the run
 RESUME: bool = False  # continue the run saved in OUTPUT_DIR/last.pth
@@ -52,7 +53,7 @@ FLIP: bool = True  # randomly mirror half of the photos; turn off if left and ri
 AUGMENT: float = 0.03  # randomly rotate, shear, stretch and shift photos by up to this fraction of half the side
 
 # Training
-EPOCHS: int = 20  # passes over the photos; also the number in the checkpoint's file name
+EPOCHS: int = 20  # passes over the photos, and the number in the checkpoint's name; 0 adds ATTRIBUTES to START_FROM
 BATCH_SIZE: int = 32  # photos per step on all GPUs (small sets: fewer); raise it on large GPUs, lower it to save memory
 LEARNING_RATE: float | None = None  # peak rate of Muon (Adam uses a 30th); None: 0.03, or 0.01 with START_FROM
 RECONSTRUCTION: str = "ssim"  # loss: "mse" (squared error), "ssim" (squared error and SSIM) or "bce" (cross-entropy)
@@ -68,7 +69,7 @@ COMPILE: str = "auto"  # compile the model first, which takes a minute: "yes", "
 FACE_BOX = (0.2326, 0.2859, 0.5445)  # where CROP "face" puts faces: left, top and size as fractions of the side
 
 FORMAT = 1  # version of last.pth
-MAY_CHANGE = {"DATA", "START_FROM", "OUTPUT_DIR", "RESUME", "DEVICE", "AMP", "COMPILE"}  # settings, on --resume
+MAY_CHANGE = {"DATA", "ATTRIBUTES", "START_FROM", "OUTPUT_DIR", "RESUME", "DEVICE", "AMP", "COMPILE"}  # on --resume
 LOSSES = ("loss", "reconstruction", "kl")  # columns of history.csv
 
 # torchrun starts several processes: each trains on its part of every batch, and rank 0 does everything else alone
@@ -306,7 +307,8 @@ class Run:
     pixels: torch.Tensor  # the photos, uint8 (N, H, W, C)
     train_set: torch.Tensor  # indices into `pixels`, on the same device
     val_set: torch.Tensor
-    settings: dict  # the constants, and the number and checksum of the photos
+    settings: dict  # the constants, and the number and checksum of the photos and labels
+    labels: Labels | None = None  # of the training photos, if ATTRIBUTES is set
     is_compiled: bool = False
     origin: dict = field(default_factory=dict)  # if START_FROM was set: that file's SHA-256 and `about`
     epoch: int = 0  # completed epochs
@@ -341,7 +343,7 @@ def new_run(settings, device, start=None, info=()):
     photos = find_training_photos(DATA) if rank == 0 else []
     face_box = list((start and start.face_box) or FACE_BOX)
     cut = {"channels": CHANNELS, "size": IMAGE_SIZE, "crop": CROP, "face_box": face_box}
-    pixels = load_pixels(photos, cut, torch.get_num_threads() * world_size, device)
+    pixels, photos = load_pixels(photos, cut, torch.get_num_threads() * world_size, device)
     if len(pixels) <= 2 * world_size:
         raise UserError(f"Training needs at least {2 * world_size + 1} usable photos but has only {len(pixels)}.")
     if photos and photos[0].path.parent != DEMO and len(pixels) < 2000 and not start:
@@ -374,7 +376,13 @@ def new_run(settings, device, start=None, info=()):
     used = {"LEARNING_RATE": rate, "BETA": kl_weight(), "BATCH_SIZE": batches_of(split[0], 0).shape[1]}
     settings = {name: value for name, value in settings.items() if name not in MAY_CHANGE} | used
     settings["photos"] = f"{len(pixels)} photos, checksum {checksum:08x}"
-    return Run(model, network, average, averaging, optimizers, device, pixels, *split, settings, is_compiled, origin)
+    labels = None
+    if photos:  # only rank 0 has them
+        labels = read_labels(ATTRIBUTES, [photos[index] for index in split[0].tolist()]) if ATTRIBUTES else None
+        settings["attributes"] = str(labels)
+    return Run(
+        model, network, average, averaging, optimizers, device, pixels, *split, settings, labels, is_compiled, origin
+    )
 
 
 # Stopping
@@ -468,14 +476,27 @@ def update_prior(run):
 
     A latent is active if the variance of its mean exceeds 0.01 (Burda et al. 2016, arXiv:1509.00519, section 5.2).
     """
+    mu, log_var = encode_photos(run, run.train_set[:16384])
+    run.average.fit_prior(mu, log_var)
+    return (mu.var(0, correction=0) > 0.01).sum().item()
+
+
+@torch.inference_mode()
+def encode_photos(run, photos):
+    """Return the codes mu, log_var (N, L) of photos, given their indices (N,)."""
     codes = []
-    for batch in run.train_set[:16384].split(BATCH_SIZE // world_size):
+    for batch in photos.split(BATCH_SIZE // world_size):
         images = load_images(run.pixels, batch, run.device)
         with autocast(run.device):
             codes.append(torch.stack(run.average.encode(images)))
-    mu, log_var = torch.cat(codes, dim=1)
-    run.average.fit_prior(mu, log_var)
-    return (mu.var(0, correction=0) > 0.01).sum().item()
+    return torch.cat(codes, dim=1)
+
+
+def update_directions(run):
+    """Fit the directions of the attributes, if there are any, to the codes of the training photos with labels."""
+    if run.labels:
+        mu, _ = encode_photos(run, run.train_set[run.labels.photos])
+        run.average.directions = fit_directions(mu.cpu(), run.labels)
 
 
 @torch.inference_mode()
@@ -505,6 +526,7 @@ def validate(run):
 def finish_epoch(run, count):
     """Fit the prior, validate and save all files of an epoch of `count` photos except last.pth; return its log line."""
     active = update_prior(run)
+    update_directions(run)
     metrics, mu, log_var = validate(run)
     means = {f"train_{name}": total / count for name, total in zip(LOSSES, run.sums, strict=True)}
     row = {"epoch": run.epoch + 1, **means, **metrics, "active_units": active, "images_per_second": count / run.seconds}
@@ -539,8 +561,8 @@ def log_line(row, is_best):
 
 # Files of a run
 def checkpoint_path():
-    """Return the path of the best weights."""
-    return Path(OUTPUT_DIR, f"vae_model_{EPOCHS}.pth")
+    """Return the path of the best weights, or of the copy of START_FROM."""
+    return Path(OUTPUT_DIR, f"vae_model_{EPOCHS}.pth" if EPOCHS else Path(START_FROM).name)
 
 
 def lock_output():
@@ -572,7 +594,7 @@ def back_up(run):
         return
     out = Path(OUTPUT_DIR)
     names = ("last.pth", "history.csv", "loss_curves.png", "latent_space.png", "progress")
-    earlier = [out / name for name in names if (out / name).exists()]
+    earlier = [out / name for name in names if EPOCHS and (out / name).exists()]
     if not earlier and not checkpoint_path().exists():
         return
     backup = next(path for number in itertools.count(1) if not (path := out / f"previous-{number}").exists())
@@ -580,13 +602,22 @@ def back_up(run):
         copied = backup / checkpoint_path().name
         with vae.atomic_write(copied) as file:
             file.write(checkpoint_path().read_bytes())
-        undo = command_line("copy" if os.name == "nt" else "cp", str(copied), OUTPUT_DIR)
-        print(f"Undo        To restore the previous model later: {undo}")
+        print(f"Undo        To restore the previous model later: {shlex.join(['cp', str(copied), OUTPUT_DIR])}")
     backup.mkdir(exist_ok=True)
     for path in earlier:
         with warn_on_failure():  # Windows cannot move a file that a program has open
             shutil.move(path, backup)
     print(f"Backup      of earlier files in {backup}")
+
+
+def add_directions(run):
+    """Write a copy of START_FROM with the directions of ATTRIBUTES, and everything else as it is."""
+    update_directions(run)
+    model, info = vae.load_checkpoint(START_FROM, dtype=None)
+    model.directions = run.average.directions
+    back_up(run)
+    vae.save_checkpoint(checkpoint_path(), model, **info)
+    print(f"Done        {checkpoint_path()} is {START_FROM} with directions of {len(model.directions)} attributes")
 
 
 def save_last(run):
@@ -682,7 +713,7 @@ def train(run, flags):
             back_up(run)
             save_last(run)
             script = sys.argv[0] if __name__ == "__main__" else "train.py"
-            command = command_line("python", script, *(flag for flag in flags if flag != "--resume"), "--resume")
+            command = shlex.join(["python", script, *(flag for flag in flags if flag != "--resume"), "--resume"])
             print(f"Stopped     in epoch {run.epoch + 1}. To continue: {command}", flush=True)
             raise SystemExit(128 + stop_signals[0])
         try:
@@ -706,7 +737,8 @@ def check_settings():
     require(min(HIDDEN_DIMS, default=0) >= 1, "HIDDEN_DIMS", HIDDEN_DIMS, "a list of numbers, each at least 1")
     check_crop(CROP)
     require(0 <= VAL_FRACTION < 1, "VAL_FRACTION", VAL_FRACTION, "at least 0 and less than 1")
-    require(EPOCHS >= 1, "EPOCHS", EPOCHS, "at least 1")
+    adds = EPOCHS == 0 and ATTRIBUTES and START_FROM and not RESUME
+    require(EPOCHS >= 1 or adds, "EPOCHS", EPOCHS, "at least 1; 0 only adds ATTRIBUTES to START_FROM, if both are set")
     fits = 2 * world_size <= BATCH_SIZE and BATCH_SIZE % world_size == 0
     require(fits, "BATCH_SIZE", BATCH_SIZE, f"at least 2 for each process, and a multiple of {world_size}")
     require(0 <= AUGMENT <= 0.5, "AUGMENT", AUGMENT, "from 0 to 0.5")
@@ -749,12 +781,7 @@ def describe_result(run):
     print(f"Done        The weights of epoch {kept['epoch']}, {kept['val_psnr']:.2f} dB, are in {path}")
     latents = "collapsed" if kept["val_kl"] < 1 else f"{kept['active_units']} of {LATENT_DIM} active"
     print(f"Latents     {latents}, {kept['val_kl']:.1f} nats of KL divergence")
-    print(f"Next        {command_line('python', 'genpic.py', *choice)}")
-
-
-def command_line(*words):
-    """Return words as a command line, quoted for this system's shell."""
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    print(f"Next        {shlex.join(['python', 'genpic.py', *choice])}")
 
 
 def main(argv=()):
@@ -772,7 +799,9 @@ def main(argv=()):
                 describe_run(run)
             with stopping_after_the_step() if world_size == 1 else nullcontext():  # a single rank must not stop alone
                 train(run, argv)
-            if rank == 0:
+            if rank == 0 and EPOCHS == 0:
+                add_directions(run)
+            elif rank == 0:
                 describe_result(run)
         if world_size > 1:
             distributed.destroy_process_group()

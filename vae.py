@@ -59,6 +59,7 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(*map(decoder_stage, up, up[1:]))
         self.final_layer = nn.Sequential(*decoder_stage(up[-1], up[-1]), nn.Conv2d(up[-1], channels, 3, padding=1))
         self.face_box = None  # left, top and size of the face in its pictures, as fractions of the side, if known
+        self.directions = {}  # names of attributes, and the (L,) that changes each by one unit when added to a code
 
         # The prior that `sample` draws from: N(0, I) until `fit_prior` is called
         self.register_buffer("latent_mean", torch.zeros(latent_dim))
@@ -137,17 +138,21 @@ def save_checkpoint(path, model, half=False, **info):
     for name, tensor in state_dict.items():
         if not tensor.isfinite().all():
             raise UserError(f"{path} was not written: {name} is no longer finite (is LEARNING_RATE too high?).")
+    content = {"config": model.config, "state_dict": state_dict, "face_box": model.face_box, **info}
+    if model.directions:
+        content |= {"attributes": [*model.directions], "directions": torch.stack([*model.directions.values()])}
     buffer = io.BytesIO()  # if the disk is full, torch.save itself raises all kinds of errors
-    torch.save({"config": model.config, "state_dict": state_dict, "face_box": model.face_box, **info}, buffer)
+    torch.save(content, buffer)
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path, device="cpu", dtype=torch.float32):
     """Load a checkpoint; return the model, in eval mode on `device`, and the info saved with it.
 
-    Older checkpoints are a bare state dict or a pickled `vae.VAE`, of the size that the constants above give; they have
-    no info, and the prior N(0, I). No code in a file is ever run. Raises UserError if it is missing or not valid.
+    If `dtype` is None, weights keep the file's. Older checkpoints are a bare state dict or a pickled `vae.VAE`, of the
+    size that the constants above give; they have no info, and the prior N(0, I). No code in a file is ever run. Raises
+    UserError if it is missing or not valid.
     """
     content = read_checkpoint(path)
     try:
@@ -166,12 +171,17 @@ def load_checkpoint(path, device="cpu"):
                 model.face_box = box
             case other:
                 raise ValueError(f"invalid face_box {other!r}")
+        names, rows = info.pop("attributes", []), info.pop("directions", torch.zeros(0, len(model.latent_mean)))
+        is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not is_list or rows.shape != (len(names), len(model.latent_mean)) or not rows.isfinite().all():
+            raise ValueError("invalid attributes or directions")
+        model.directions = dict(zip(names, rows.float(), strict=True))
         if not all(tensor.isfinite().all() for tensor in state_dict.values()):
             raise ValueError("a weight is not finite")
     except Exception as error:  # the file may contain anything
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path} does not contain VAE weights that match its config or vae.py ({reason}).") from None
-    return model.float().to(device).eval(), info
+    return model.to(device=device, dtype=dtype).eval(), info
 
 
 def read_checkpoint(path):

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import os
 import warnings
 from datetime import timedelta
@@ -28,10 +29,17 @@ def cached(photos, cut, workers):
     path = None
     if not distributed.is_initialized() or distributed.get_rank() == 0:
         path = cache_path(photos, cut)
-        if not path.exists():
+        row_size = cut["size"] ** 2 * cut["channels"]
+        if not path.exists() or path.stat().st_size != row_size * len(cached_photos(path, photos)):
             few = 32 if cut.get("crop") == "face" else 256  # so few that workers would start too slowly
             decode_photos(photos, path, cut, workers if len(photos) > few else 0)
     return share_with_ranks(path)
+
+
+def cached_photos(path, photos):
+    """Return those of the photos that could be used: the rows of the cache at `path`."""
+    used = path.with_suffix(".used")  # a byte for each photo; missing in caches of earlier versions
+    return [*itertools.compress(photos, used.read_bytes())] if used.exists() else photos
 
 
 def share_with_ranks(path):
@@ -58,17 +66,21 @@ def cache_path(photos, cut):
 def decode_photos(photos, path, cut, workers):
     """Decode Photos into a file of uint8 (N, H, W, C), with `workers` worker processes (0: in this process)."""
     batches = DataLoader(photos, 16, num_workers=workers, collate_fn=functools.partial(decode_batch, cut=cut))
+    used = bytearray()
     with atomic_write(path) as file:
         for rows, errors in tqdm(batches, "Reading photos", unit="photo", unit_scale=16, leave=False, disable=None):
             file.write(rows)
-            for error in errors:
+            used += bytes(error is None for error in errors)
+            for error in filter(None, errors):
                 tqdm.write(f"Skipped     {error}")
         if not file.tell():
             raise UserError(f"None of the {len(photos)} photos can be used; the first is {photos[0]}.")
+        with atomic_write(path.with_suffix(".used")) as names:
+            names.write(used)
 
 
 def decode_batch(photos, cut):
-    """Return Photos as bytes, rows of uint8 (H, W, C), and an error message for each one that cannot be used."""
+    """Return Photos as bytes, rows of uint8 (H, W, C), and for each one None or why it cannot be used."""
     rows = []
     errors = []
     for photo in photos:
@@ -77,22 +89,24 @@ def decode_batch(photos, cut):
             if cut.get("crop") == "face" and not face:
                 raise UserError(f"{photo} shows no face.")
             rows.append(square.tobytes())
+            errors.append(None)
         except UserError as error:
             errors.append(str(error))
     return b"".join(rows), errors
 
 
 def load_pixels(photos, cut, workers, device):
-    """Return Photos as uint8 (N, H, W, C), decoded once: on the GPU if they fit, else memory-mapped from the cache."""
+    """Return Photos as uint8 (N, H, W, C), on the GPU if they fit, else memory-mapped, and those that could be used."""
     path = cached(photos, cut, workers)
     rows = np.memmap(path, np.uint8, "r").reshape(-1, cut["size"], cut["size"], cut["channels"])
+    usable = cached_photos(path, photos)
     if photos:  # only rank 0 has them
         size = f"{rows.nbytes / 1e6:,.0f} MB"
         print(f"Photos      {len(rows):,} of {len(photos):,} can be used, cached in {path} ({size})")
     with warnings.catch_warnings(action="ignore"):  # silence the read-only warning
         pixels = torch.from_numpy(rows)
     fits = device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-    return pixels.to(device) if fits else pixels
+    return pixels.to(device) if fits else pixels, usable
 
 
 def load_images(pixels, batch, device):

@@ -108,6 +108,7 @@ def test_weights_that_share_or_repeat_memory_become_separate(tmp_path):
 UNREAD = "is damaged or is not a checkpoint of tensors and plain Python types."
 CONFIG = {"image_size": 24, "channels": 1, "hidden_dims": [4, 8], "latent_dim": 5}
 STATE = vae.VAE(**CONFIG).state_dict()
+GOOD = {"config": CONFIG, "state_dict": STATE}
 WRONG = {
     "empty": (b"", UNREAD),
     "photo": ((ROOT / "data/tested_data/sample.jpg").read_bytes(), UNREAD),
@@ -116,11 +117,13 @@ WRONG = {
     "other size": (STATE, "that match its config or vae.py (Error(s) in loading"),
     "missing": ({"config": CONFIG, "state_dict": {}}, "Missing key(s) in state_dict"),
     "shape": ({"config": CONFIG, "state_dict": {**STATE, "fc_mu.bias": torch.zeros(6)}}, "size mismatch for fc_mu."),
-    "face": ({"config": CONFIG, "state_dict": STATE, "face_box": "abc"}, "invalid face_box 'abc'"),
-    "no face": (
-        {"config": CONFIG, "state_dict": STATE, "face_box": [0.1, 0.1, 0.0]},
-        "invalid face_box [0.1, 0.1, 0.0]",
-    ),
+    "face": (GOOD | {"face_box": "abc"}, "invalid face_box 'abc'"),
+    "no face": (GOOD | {"face_box": [0.1, 0.1, 0.0]}, "invalid face_box [0.1, 0.1, 0.0]"),
+    "names": (GOOD | {"attributes": "ab", "directions": torch.ones(2, 5)}, "invalid attributes or directions"),
+    "numbers": (GOOD | {"attributes": [1], "directions": torch.ones(1, 5)}, "invalid attributes or directions"),
+    "rows": (GOOD | {"attributes": ["a"], "directions": torch.ones(2, 5)}, "invalid attributes or directions"),
+    "infinite": (GOOD | {"attributes": ["a"], "directions": torch.ones(1, 5) / 0}, "invalid attributes or directions"),
+    "list": (GOOD | {"attributes": ["a"], "directions": [1.0]}, "'list' object has no attribute 'shape'"),
     "nan": ({"config": CONFIG, "state_dict": {**STATE, "fc_mu.bias": torch.zeros(5) / 0}}, "a weight is not finite"),
 }
 

@@ -32,12 +32,12 @@ REFUSED = {
     "--mode interpolate --image 'faces/face 001.jpg' --image-to me.jpg --output me.jpg": NO_PHOTO,
     "--mode collage": "MODE is 'collage': it must be one of variations, reconstruct, sample, interpolate, sweep",
     "--tune -1": "TUNE is -1: it must be at least 0",
-    "--tune 9 --mode sample": "TUNE is 9: it must be 0 without a photo to fit (interpolate needs IMAGE_TO)",
+    "--tune 9 --mode sample": "TUNE is 9: it must be 0 without a photo to fit (interpolate needs IMAGE_TO or EDIT)",
     "--tune 9 --mode interpolate": "TUNE is 9: it must be 0",
     "--w -0.1": "W is -0.1: it must be a number from 0 to 1",
     "--crop '1 2 0'": 'CROP is \'1 2 0\': it must be "face", "center", or left, top',
     "--image me.jpg --crop '9 0 40'": "CROP 9 0 40 extends beyond me.jpg, which is 48 x 56 pixels",
-    "--output grid.gif": "OUTPUT is 'grid.gif': it must be a file name ending in .jpg, .jpeg, .png, .webp",
+    "--output grid.gif": "OUTPUT is 'grid.gif': it must be a file name ending in .jpg, .png or .webp; or .gif for",
     "--output grid.webp --num-variations 3000": "grid.webp cannot be written",  # WebP allows at most 16,383 pixels
 }
 
@@ -194,7 +194,9 @@ def test_a_checkpoint_without_a_fitted_prior_is_reported(workplace, capsys):
 
 @pytest.mark.parametrize("mode", genpic.MODES)
 def test_grey_models_give_grey_pictures(mode, workplace):
-    vae.save_checkpoint("grey.pth", vae.VAE(24, 1, [4], 3))
+    model = vae.VAE(24, 1, [4], 3)
+    model.directions = {"Smiling": torch.ones(3)}
+    vae.save_checkpoint("grey.pth", model)
     generate("--checkpoint", "grey.pth", "--mode", mode, "--output", "new folder/grey.png")
     assert Image.open("new folder/grey.png").mode == "L"
 

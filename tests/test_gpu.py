@@ -39,12 +39,12 @@ def test_photos_go_to_the_gpu_if_they_fit_and_bfloat16_gives_the_same_psnr(workp
     model, _ = vae.load_checkpoint(TRAINED, "cuda")
     device = model.latent_mean.device
     arguments = find_photos("faces"), {"channels": 3, "size": 32}, 1, device
-    pixels = load_pixels(*arguments)
+    pixels, _ = load_pixels(*arguments)
     run = replace(BLANK_RUN, average=model, device=device, pixels=pixels, val_set=torch.arange(9).to(device))
     exact, rounded = [train.validate(run)[0]["val_psnr"] for train.AMP in (False, True)]
     assert rounded == pytest.approx(exact, abs=0.05) and rounded != exact
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (pixels.nbytes, 0))
-    assert pixels.is_cuda and not load_pixels(*arguments).is_cuda
+    assert pixels.is_cuda and not load_pixels(*arguments)[0].is_cuda
 
 
 def test_running_out_of_gpu_memory_gives_a_one_line_error(workplace):
