@@ -6,6 +6,8 @@
 Faces are detected by dlib's frontal detector, on the picture at twice its size. They are compared by dlib's descriptors
 of 128 numbers: two faces less than 0.6 apart count as the same person. The Frechet distance is the distance between
 Gaussians fitted to two sets of descriptors (Heusel et al. 2017, arXiv:1706.08500; dlib's network replaces Inception).
+
+With ATTRIBUTES, a small classifier, which is trained on FACES first, also judges edits of photos without an attribute.
 """
 
 import functools
@@ -18,12 +20,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import genpic
 import vae
+from data.attributes import table_attributes
+from data.cache import load_images, load_pixels
 from data.faces import check_crop
 from data.photos import find_photos
 from vae import UserError, require
@@ -33,6 +38,13 @@ PHOTOS: str = ""  # folder of photos that it was not trained on: about 900, sinc
 CROP: str = "center"  # square of each photo to use, as in genpic.py: "center" for aligned photos, "face" for others
 VARIED: int = 20  # number of these photos that get ten variations for each W, without and with a fitted decoder
 TUNE: int = 50  # steps that fit the decoder to each of them
+ATTRIBUTES: str = ""  # table of attributes of PHOTOS and FACES, to judge edits, too
+FACES: str = ""  # folder of other photos in that table, on which the classifier of attributes is trained
+EDITED: int = 300  # number of PHOTOS to edit; a third of them also with a fitted decoder
+
+EDITS = {"Smiling": 2, "Eyeglasses": 2, "Male": 2, "Bangs": 2, "Wearing_Hat": 2, "Mustache": 2, "Goatee": 2}
+EDITS |= {"Young": -3, "Blond_Hair": 3, "Gray_Hair": 3, "Bald": 3}
+CPU = torch.device("cpu")
 
 
 @functools.cache
@@ -141,6 +153,114 @@ def judge_morphs(model, mu, images):
     print(f"Morphs      faces found in {100 * np.isfinite(found[:, 0]).mean():.1f} % of {len(found)} frames")
 
 
+# Attributes
+def train_classifier(photos, labels):
+    """Return a classifier of attributes, images (B, 3, 96, 96) -> logits (B, A), after ten passes over N Photos.
+
+    `labels` (N, A) contains 1 and -1.
+    """
+    pixels = read_pixels(photos, 96)
+    layers = []
+    for inputs, outputs in zip([3, 32, 64, 128, 256], [32, 64, 128, 256, 256], strict=True):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+    pooling = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.3)]
+    torch.manual_seed(0)
+    classifier = nn.Sequential(*layers, *pooling, nn.Linear(256, labels.shape[1])).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.01)
+    batches = [batch for _ in range(10) for batch in torch.randperm(len(labels)).split(64)]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=len(batches))
+    for batch in tqdm(batches, "Classifier", leave=False, disable=None):
+        images = load_images(pixels, batch, CPU)
+        images = images.flip(3) if torch.rand(()) < 0.5 else images
+        logits = classifier(images.roll(torch.randint(-4, 5, (2,)).tolist(), (2, 3)))
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, (labels[batch] > 0).float())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return classifier.eval().requires_grad_(False)
+
+
+def read_pixels(photos, size):
+    """Return Photos, cropped as CROP says, as uint8 (N, size, size, 3)."""
+    return load_pixels(photos, {"channels": 3, "size": size, "crop": CROP}, torch.get_num_threads(), CPU)[0]
+
+
+def classify(classifier, images):
+    """Return the logits (N, A) of attributes in images (N, 3, S, S), which are rounded to 8 bits first."""
+    parts = ((part * 255).round() / 255 for part in images.split(64))
+    return torch.cat([classifier(vae.square_transform(96)(part)) for part in parts])
+
+
+def equal_error_threshold(logits, labels):
+    """Return the logit above which an attribute counts as seen: photos with and without it are wrong equally often."""
+    missed = (logits[labels > 0] < logits[:, None]).float().mean(1)
+    imagined = (logits[labels < 0] >= logits[:, None]).float().mean(1)
+    return logits[(missed - imagined).abs().argmin()]
+
+
+def labels_of(photos):
+    """Return the attributes' names, the Photos that have a row in the table ATTRIBUTES, and their labels (N, A)."""
+    names, rows = table_attributes(ATTRIBUTES, photos)
+    pairs = [(photo, row) for photo, row in zip(photos, rows, strict=True) if row is not None]
+    return names, [photo for photo, _ in pairs], torch.tensor(np.array([row for _, row in pairs]))
+
+
+def mean_differences(model, photos, labels):
+    """Return the differences (A, L) between the mean codes of Photos with and without each attribute."""
+    pixels = read_pixels(photos, model.config["image_size"])
+    batches = torch.arange(len(labels)).split(64)
+    mu = torch.cat([model.encode(load_images(pixels, batch, CPU))[0] for batch in batches])
+    return torch.stack([mu[column > 0].mean(0) - mu[column < 0].mean(0) for column in labels.T])
+
+
+def judge_edits(model, photos, images, mu, faces):
+    """Print what a classifier and the face recognition see after EDITS of Photos without the attribute."""
+    names, others, labels = labels_of(find_photos(FACES))
+    _, known, held = labels_of(photos)
+    require(len(known) == len(photos), "ATTRIBUTES", ATTRIBUTES, "a table with a row for each of PHOTOS")
+    with torch.enable_grad():
+        classifier = train_classifier(others, labels)
+    plain = dict(zip(names, mean_differences(model, others, labels), strict=True))
+    logits = classify(classifier, images)
+    thresholds = torch.stack([equal_error_threshold(*pair) for pair in zip(logits.T, held.T, strict=True)])
+    correct = ((logits >= thresholds) == (held > 0)).float().mean(0)
+    chosen = torch.linspace(0, len(mu) - 1, min(EDITED, len(mu))).long()
+    images, mu, faces = images[chosen], mu[chosen], faces[chosen.numpy()]
+    recon = genpic.decode_in_parts(model, mu)
+    recon_faces = describe(recon, "reconstructions")[1]
+    fitted = {i: genpic.fit_decoder(model, mu[i : i + 1], images[i : i + 1]) for i in range(0, len(mu), 3)}
+    for name, units in EDITS.items():
+        column, sign = names.index(name), math.copysign(1, units)
+        print(f"{name} {units:+}: accuracy {correct[column]:.3f}, {(held[:, column] > 0).sum()} photos have it")
+        is_seen = sign * (logits - thresholds)[chosen, column] >= 0
+        rows = torch.nonzero(~is_seen & (sign * held[chosen, column] < 0))[:, 0]
+
+        def tell(kind, moved, before, reference, column=column, sign=sign):
+            after = classify(classifier, moved)
+            changes = ((after - classify(classifier, before)) / logits.std(0)).T
+            ratios = [
+                (size.sum() / size[column] - 1) / (len(size) - 1)
+                for size in (changes.mean(1).abs(), changes.abs().mean(1))
+            ]
+            found = describe(moved, kind)[1]
+            print(
+                f"  {kind:<12} seen in {100 * (sign * (after - thresholds)[:, column] >= 0).float().mean():.1f} % of "
+                f"{len(moved)}; other attributes {ratios[0]:.2f} in the mean, {ratios[1]:.2f} per photo, Male "
+                f"{(changes[names.index('Male')].mean() / changes[column].mean().abs()):+.2f}; descriptors "
+                f"{distance(found, reference):.3f} apart; faces in {100 * np.isfinite(found[:, 0]).mean():.1f} %"
+            )
+
+        for kind, directions in {"regression": model.directions, "differences": plain}.items():
+            tell(
+                kind, genpic.decode_in_parts(model, mu[rows] + units * directions[name]), recon[rows], recon_faces[rows]
+            )
+        some = [row for row in rows.tolist() if row in fitted]
+        moves = (0, units * model.directions[name])
+        before, moved = [torch.cat([fitted[row].decode(mu[row] + move) for row in some]) for move in moves]
+        tell("fitted", moved, before, faces[some])
+
+
 def main(argv=()):
     """Reconstruct the photos, draw as many samples, vary some of the photos, and print the metrics."""
     with vae.flags(globals(), argv):
@@ -162,12 +282,15 @@ def judge():
     model, _ = vae.load_checkpoint(CHECKPOINT)
     require(model.config["channels"] == 3, "CHECKPOINT", CHECKPOINT, "a model of colour pictures")
     genpic.CROP, genpic.TUNE = CROP, TUNE
-    images = torch.cat([image for _, image in genpic.read_photos(model, find_photos(PHOTOS))])
+    pairs = list(genpic.read_photos(model, find_photos(PHOTOS)))
+    images = torch.cat([image for _, image in pairs])
     mu = torch.cat([model.encode(part)[0] for part in images.split(64)])
     noise = vae.latent_noise(model, len(images), 0)
     codes = {"reconstructions": mu, "samples": model.draw_latents(noise), "samples of N(0, I)": noise[:500]}
     drawn = {"photos": images} | {name: genpic.decode_in_parts(model, these) for name, these in codes.items()}
     described = {name: describe(these, name) for name, these in drawn.items()}
+    if ATTRIBUTES:
+        judge_edits(model, [photo for photo, _ in pairs], images, mu, described["photos"][1])
     pairs = described["photos"][0], described["reconstructions"][0]
     psnr = vae.psnr(np.square(pairs[0] / 255.0 - pairs[1] / 255.0).mean())
     windows = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}

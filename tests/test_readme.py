@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from faces import draw_face, draw_faces
 
@@ -29,7 +30,7 @@ def draw(place):
     elif place.suffix:
         draw_face(7, size=(600, 700)).save(place)
     else:
-        draw_faces(place, 6)
+        draw_faces(place, 24)
         for number in range(3):
             shutil.copy(ROOT / "tests/portrait.jpg", place / f"{number}.jpg")
 
@@ -42,14 +43,18 @@ def test_commands_run(command, tmp_path, monkeypatch):
     values = dict(pairwise(flags))
     for name, default in (("--data", "data/demo"), ("--image", genpic.IMAGE), ("--image-to", "you.jpg")):
         draw(Path(values.get(name, default)).expanduser())
-    checkpoint = values.get("--start-from") or values.get("--checkpoint", genpic.CHECKPOINT)
-    vae.save_checkpoint(checkpoint, vae.VAE(32, 3, [4, 8], 4))
+    model = vae.VAE(32, 3, [4, 8], 4)
+    names = "Smiling Eyeglasses Blond_Hair Bangs Male Young".split()
+    model.directions = dict(zip(names, torch.ones(6, 4), strict=True))
+    vae.save_checkpoint(values.get("--start-from") or values.get("--checkpoint", genpic.CHECKPOINT), model)
+    rows = [f"face {number:03d}.jpg,{number % 2}" for number in range(24)]
+    Path(values.get("--attributes", "table.csv")).write_text("\n".join(["file,Even", *rows]))
     if script == "genpic.py":
         genpic.main([*flags, "--device", "cpu"])
     else:
         if "--resume" in flags:
             train.main([*flags, "--no-resume", *SMALL])
-        train.main([*flags, *SMALL])
+        train.main([*flags, *SMALL, *(["--epochs", "0"] if values.get("--epochs") == "0" else [])])
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"\btest_\w+", TEXT))))
