@@ -115,7 +115,7 @@ def fit_decoder(model, codes, images):
 def edit(model, codes):
     """Return codes (N, L) moved as EDIT says."""
     units = parse_edit(EDIT, model.directions)
-    return codes + sum(number * model.directions[name].to(codes) for name, number in units.items())
+    return codes + sum(number * model.directions[name] for name, number in units.items())
 
 
 def perturb(model, mu, eps, w):
@@ -173,7 +173,7 @@ def make_attributes(model, photos):
     print(f"Attributes  {', '.join(model.directions)}")
     names = [*parse_edit(EDIT, model.directions)] or [*model.directions]
     units = torch.linspace(-3, 3, 20 if is_animation() else 7, device=mu.device)[:, None]
-    rows = [decode_in_parts(model, mu + units * model.directions[name].to(mu)) for name in names]
+    rows = [decode_in_parts(model, mu + units * model.directions[name]) for name in names]
     if is_animation():
         yield rows[0], 5
         return

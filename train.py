@@ -379,10 +379,9 @@ def new_run(settings, device, start=None, info=()):
     labels = None
     if photos:  # only rank 0 has them
         labels = read_labels(ATTRIBUTES, [photos[index] for index in split[0].tolist()]) if ATTRIBUTES else None
-        settings["attributes"] = str(labels)
-    return Run(
-        model, network, average, averaging, optimizers, device, pixels, *split, settings, labels, is_compiled, origin
-    )
+        settings["attributes"] = str(labels or "none")
+    how = {"is_compiled": is_compiled, "origin": origin, "labels": labels}
+    return Run(model, network, average, averaging, optimizers, device, pixels, *split, settings, **how)
 
 
 # Stopping
@@ -485,7 +484,8 @@ def update_prior(run):
 def encode_photos(run, photos):
     """Return the codes mu, log_var (N, L) of photos, given their indices (N,)."""
     codes = []
-    for batch in photos.split(BATCH_SIZE // world_size):
+    batches = photos.split(BATCH_SIZE // world_size)
+    for batch in tqdm(batches, "Encoding", leave=False, disable=None):
         images = load_images(run.pixels, batch, run.device)
         with autocast(run.device):
             codes.append(torch.stack(run.average.encode(images)))
@@ -614,10 +614,10 @@ def add_directions(run):
     """Write a copy of START_FROM with the directions of ATTRIBUTES, and everything else as it is."""
     update_directions(run)
     model, info = vae.load_checkpoint(START_FROM, dtype=None)
-    model.directions = run.average.directions
+    model.directions |= run.average.directions
     back_up(run)
     vae.save_checkpoint(checkpoint_path(), model, **info)
-    print(f"Done        {checkpoint_path()} is {START_FROM} with directions of {len(model.directions)} attributes")
+    print(f"Done        {checkpoint_path()} is {START_FROM} with directions of {', '.join(run.labels.names)}")
 
 
 def save_last(run):
@@ -738,7 +738,9 @@ def check_settings():
     check_crop(CROP)
     require(0 <= VAL_FRACTION < 1, "VAL_FRACTION", VAL_FRACTION, "at least 0 and less than 1")
     adds = EPOCHS == 0 and ATTRIBUTES and START_FROM and not RESUME
-    require(EPOCHS >= 1 or adds, "EPOCHS", EPOCHS, "at least 1; 0 only adds ATTRIBUTES to START_FROM, if both are set")
+    require(EPOCHS >= 1 or adds, "EPOCHS", EPOCHS, "at least 1, or 0 with ATTRIBUTES and START_FROM, without RESUME")
+    is_table = ATTRIBUTES in ("", "folders") or os.path.isfile(ATTRIBUTES)
+    require(is_table, "ATTRIBUTES", ATTRIBUTES, 'a table that exists, or "folders"')
     fits = 2 * world_size <= BATCH_SIZE and BATCH_SIZE % world_size == 0
     require(fits, "BATCH_SIZE", BATCH_SIZE, f"at least 2 for each process, and a multiple of {world_size}")
     require(0 <= AUGMENT <= 0.5, "AUGMENT", AUGMENT, "from 0 to 0.5")

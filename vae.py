@@ -127,7 +127,7 @@ def psnr(squared_error):
 
 
 # Checkpoints
-def save_checkpoint(path, model, half=False, **info):
+def save_checkpoint(path, model, /, half=False, **info):
     """Save a model and `info` (tensors and plain Python types); `half` stores the parameters in 16 bits.
 
     Raises UserError if a weight is not finite or the file cannot be written; an existing file is then left unchanged.
@@ -150,7 +150,7 @@ def save_checkpoint(path, model, half=False, **info):
 def load_checkpoint(path, device="cpu", dtype=torch.float32):
     """Load a checkpoint; return the model, in eval mode on `device`, and the info saved with it.
 
-    If `dtype` is None, weights keep the file's. Older checkpoints are a bare state dict or a pickled `vae.VAE`, of the
+    If `dtype` is None, the weights keep theirs. Older checkpoints are a bare state dict or a pickled `vae.VAE`, of the
     size that the constants above give; they have no info, and the prior N(0, I). No code in a file is ever run. Raises
     UserError if it is missing or not valid.
     """
@@ -172,10 +172,10 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32):
             case other:
                 raise ValueError(f"invalid face_box {other!r}")
         names, rows = info.pop("attributes", []), info.pop("directions", torch.zeros(0, len(model.latent_mean)))
-        is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        if not is_list or rows.shape != (len(names), len(model.latent_mean)) or not rows.isfinite().all():
+        are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not are_names or rows.shape != (len(names), len(model.latent_mean)) or not rows.isfinite().all():
             raise ValueError("invalid attributes or directions")
-        model.directions = dict(zip(names, rows.float(), strict=True))
+        model.directions = dict(zip(names, rows.float().to(device), strict=True))
         if not all(tensor.isfinite().all() for tensor in state_dict.values()):
             raise ValueError("a weight is not finite")
     except Exception as error:  # the file may contain anything

@@ -7,7 +7,7 @@ Faces are detected by dlib's frontal detector, on the picture at twice its size.
 of 128 numbers: two faces less than 0.6 apart count as the same person. The Frechet distance is the distance between
 Gaussians fitted to two sets of descriptors (Heusel et al. 2017, arXiv:1706.08500; dlib's network replaces Inception).
 
-With ATTRIBUTES, a small classifier, which is trained on FACES first, also judges edits of photos without an attribute.
+With ATTRIBUTES, a small classifier, which is trained on FACES first, judges edits of photos that lack an attribute.
 """
 
 import functools
@@ -38,7 +38,7 @@ PHOTOS: str = ""  # folder of photos that it was not trained on: about 900, sinc
 CROP: str = "center"  # square of each photo to use, as in genpic.py: "center" for aligned photos, "face" for others
 VARIED: int = 20  # number of these photos that get ten variations for each W, without and with a fitted decoder
 TUNE: int = 50  # steps that fit the decoder to each of them
-ATTRIBUTES: str = ""  # table of attributes of PHOTOS and FACES, to judge edits, too
+ATTRIBUTES: str = ""  # table of attributes of PHOTOS and FACES, to judge edits instead
 FACES: str = ""  # folder of other photos in that table, on which the classifier of attributes is trained
 EDITED: int = 300  # number of PHOTOS to edit; a third of them also with a fitted decoder
 
@@ -214,7 +214,7 @@ def mean_differences(model, photos, labels):
     return torch.stack([mu[column > 0].mean(0) - mu[column < 0].mean(0) for column in labels.T])
 
 
-def judge_edits(model, photos, images, mu, faces):
+def judge_edits(model, photos, images, mu):
     """Print what a classifier and the face recognition see after EDITS of Photos without the attribute."""
     names, others, labels = labels_of(find_photos(FACES))
     _, known, held = labels_of(photos)
@@ -226,9 +226,9 @@ def judge_edits(model, photos, images, mu, faces):
     thresholds = torch.stack([equal_error_threshold(*pair) for pair in zip(logits.T, held.T, strict=True)])
     correct = ((logits >= thresholds) == (held > 0)).float().mean(0)
     chosen = torch.linspace(0, len(mu) - 1, min(EDITED, len(mu))).long()
-    images, mu, faces = images[chosen], mu[chosen], faces[chosen.numpy()]
+    images, mu = images[chosen], mu[chosen]
     recon = genpic.decode_in_parts(model, mu)
-    recon_faces = describe(recon, "reconstructions")[1]
+    faces, recon_faces = describe(images, "photos")[1], describe(recon, "reconstructions")[1]
     fitted = {i: genpic.fit_decoder(model, mu[i : i + 1], images[i : i + 1]) for i in range(0, len(mu), 3)}
     for name, units in EDITS.items():
         column, sign = names.index(name), math.copysign(1, units)
@@ -257,7 +257,7 @@ def judge_edits(model, photos, images, mu, faces):
             )
         some = [row for row in rows.tolist() if row in fitted]
         moves = (0, units * model.directions[name])
-        before, moved = [torch.cat([fitted[row].decode(mu[row] + move) for row in some]) for move in moves]
+        before, moved = [torch.cat([fitted[row].decode(mu[[row]] + move) for row in some]) for move in moves]
         tell("fitted", moved, before, faces[some])
 
 
@@ -285,12 +285,13 @@ def judge():
     pairs = list(genpic.read_photos(model, find_photos(PHOTOS)))
     images = torch.cat([image for _, image in pairs])
     mu = torch.cat([model.encode(part)[0] for part in images.split(64)])
+    if ATTRIBUTES:
+        judge_edits(model, [photo for photo, _ in pairs], images, mu)
+        return
     noise = vae.latent_noise(model, len(images), 0)
     codes = {"reconstructions": mu, "samples": model.draw_latents(noise), "samples of N(0, I)": noise[:500]}
     drawn = {"photos": images} | {name: genpic.decode_in_parts(model, these) for name, these in codes.items()}
     described = {name: describe(these, name) for name, these in drawn.items()}
-    if ATTRIBUTES:
-        judge_edits(model, [photo for photo, _ in pairs], images, mu, described["photos"][1])
     pairs = described["photos"][0], described["reconstructions"][0]
     psnr = vae.psnr(np.square(pairs[0] / 255.0 - pairs[1] / 255.0).mean())
     windows = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
