@@ -120,10 +120,8 @@ WRONG = {
     "face": (GOOD | {"face_box": "abc"}, "invalid face_box 'abc'"),
     "no face": (GOOD | {"face_box": [0.1, 0.1, 0.0]}, "invalid face_box [0.1, 0.1, 0.0]"),
     "names": (GOOD | {"attributes": "ab", "directions": torch.ones(2, 5)}, "invalid attributes or directions"),
-    "numbers": (GOOD | {"attributes": [1], "directions": torch.ones(1, 5)}, "invalid attributes or directions"),
     "rows": (GOOD | {"attributes": ["a"], "directions": torch.ones(2, 5)}, "invalid attributes or directions"),
     "infinite": (GOOD | {"attributes": ["a"], "directions": torch.ones(1, 5) / 0}, "invalid attributes or directions"),
-    "list": (GOOD | {"attributes": ["a"], "directions": [1.0]}, "'list' object has no attribute 'shape'"),
     "nan": ({"config": CONFIG, "state_dict": {**STATE, "fc_mu.bias": torch.zeros(5) / 0}}, "a weight is not finite"),
 }
 
