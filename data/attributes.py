@@ -78,8 +78,8 @@ def table_attributes(path, photos):
     names, table = read_table(path)
     rows = []
     for photo in photos:
-        parts = Path(without_suffix(str(photo))).absolute().parts
-        endings = [Path(*parts[start:]).as_posix() for start in range(len(parts))]  # as long as in the table
+        parts = without_suffix(os.path.abspath(str(photo))).split("/")
+        endings = ("/".join(parts[start:]) for start in reversed(range(len(parts))))  # tables may contain folders
         rows.append(next((table[ending] for ending in endings if ending in table), None))
     if all(row is None for row in rows):
         raise UserError(
@@ -89,9 +89,9 @@ def table_attributes(path, photos):
 
 
 def without_suffix(name):
-    """Return the name of a photo in a table or folder, with slashes and without a suffix such as .jpg."""
+    """Return the path of a photo with slashes, none of them in front, and without a suffix such as .jpg."""
     path = Path(name.strip().replace("\\", "/"))
-    return (path.with_suffix("") if path.suffix.lower() in SUFFIXES else path).as_posix()
+    return (path.with_suffix("") if path.suffix.lower() in SUFFIXES else path).as_posix().lstrip("/")
 
 
 def read_table(path):
