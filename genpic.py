@@ -170,8 +170,8 @@ def make_sweep(model, photos):
 def make_attributes(model, photos):
     """Yield the photo with each attribute, those of EDIT or all, changed by -3 to 3 units: a row each, 16 per sheet."""
     _, _, mu, model = encode_photos(model, [next(read_photos(model, photos))])
-    print(f"Attributes  {', '.join(model.directions)}")
     names = [*parse_edit(EDIT, model.directions)] or [*model.directions]
+    print(f"Attributes  {', '.join(names)}")
     units = torch.linspace(-3, 3, 20 if is_animation() else 7, device=mu.device)[:, None]
     rows = [decode_in_parts(model, mu + units * model.directions[name]) for name in names]
     if is_animation():
@@ -297,7 +297,7 @@ def main(argv=()):
         model, info = vae.load_checkpoint(CHECKPOINT, vae.pick_device(DEVICE))
         describe_model(model, info)
         adding = f"python train.py --data PHOTOS --attributes TABLE --start-from {CHECKPOINT} --epochs 0"
-        wanted = f"a model with directions of attributes, which `{adding}` adds"
+        wanted = f"a model with attributes to change; `{adding}` adds them"
         require(model.directions or not (EDIT or MODE == "attributes"), "CHECKPOINT", CHECKPOINT, wanted)
         parse_edit(EDIT, model.directions)  # fails before anything is made
         if PRIOR == "standard":

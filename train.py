@@ -617,7 +617,7 @@ def add_directions(run):
     model.directions |= run.average.directions
     back_up(run)
     vae.save_checkpoint(checkpoint_path(), model, **info)
-    print(f"Done        {checkpoint_path()} is {START_FROM} with directions of {', '.join(run.labels.names)}")
+    print(f"Done        {checkpoint_path()} is {START_FROM} with attributes added: {', '.join(run.labels.names)}")
 
 
 def save_last(run):

@@ -44,7 +44,7 @@ def read_labels(table, photos):
         some = textwrap.shorten(", ".join(few), 300, placeholder=" ...")
         print(f"Left out    {some} ({len(few)} in all), because fewer than 10 photos have it or lack it")
     kept = [name for name in names if labels[name] is not None]
-    print(f"Attributes  {len(kept)}, of {len(indices):,} training photos")
+    print(f"Attributes  {len(kept)}, known for {len(indices):,} of {len(photos):,} training photos")
     if not kept:
         raise UserError(f"ATTRIBUTES {table} has no attribute that at least 10 training photos have and 10 lack.")
     return Labels(kept, torch.from_numpy(np.stack([labels[name] for name in kept], axis=1)), indices)
@@ -133,7 +133,10 @@ def parse_edit(text, known):
         name, number = re.fullmatch(r"\s*(.*?)(\s[-+]?(?:\d+\.?\d*|\.\d+))?\s*", part, re.DOTALL).groups()
         if simplify(name) not in names:
             nearest = ", ".join(names[one] for one in difflib.get_close_matches(simplify(name), names, 3, cutoff=0))
-            raise UserError(f"EDIT: there is no attribute {name!r}; similar ones are {nearest}. See --mode attributes.")
+            raise UserError(
+                f"EDIT: there is no attribute {name!r}; similar ones are {nearest}. Write EDIT as in "
+                '"Smiling 2, Young -3"; --mode attributes shows all names.'
+            )
         units[names[simplify(name)]] = float(number or 1)
     return units
 

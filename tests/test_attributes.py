@@ -74,7 +74,7 @@ def test_other_numbers_are_standardized_unknown_ones_do_not_count_and_rare_attri
     said = capsys.readouterr().out
     assert "Left out    Twin, Constant (2 in all), because fewer than 10 photos have it or lack it\n" in said
     assert "Unit        One unit of Age is 16.4 (two standard deviations)\n" in said
-    assert "Attributes  2, of 40 training photos\n" in said
+    assert "Attributes  2, known for 40 of 40 training photos\n" in said
 
 
 WRONG_TABLES = {
@@ -177,7 +177,7 @@ def test_no_epochs_add_directions_and_change_nothing_else(workplace, capsys):
     before = torch.load(TRAINED)
     run(*ADD)
     said = capsys.readouterr().out
-    assert f"Done        out/vae_model_8.pth is {TRAINED} with directions of Bright, Round_Face\n" in said
+    assert f"Done        out/vae_model_8.pth is {TRAINED} with attributes added: Bright, Round_Face\n" in said
     after = torch.load("out/vae_model_8.pth")
     assert after.pop("attributes") == ["Bright", "Round_Face"] and after.pop("directions").shape == (2, 8)
     weights = before.pop("state_dict"), after.pop("state_dict")
@@ -287,7 +287,7 @@ def test_unknown_attributes_and_models_without_directions_are_refused(edited):
     vae.save_checkpoint("plain.pth", edited)
     for flags in (["--edit=Smiling 1"], ["--mode=attributes"]):
         said = refusal(generate, "--checkpoint=plain.pth", *flags)
-        assert "which `python train.py --data PHOTOS --attributes TABLE --start-from plain.pth --epochs 0` adds" in said
+        assert "`python train.py --data PHOTOS --attributes TABLE --start-from plain.pth --epochs 0` adds them" in said
 
 
 def test_an_edit_is_names_and_numbers():
