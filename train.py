@@ -380,8 +380,9 @@ def new_run(settings, device, start=None, info=()):
     if photos:  # only rank 0 has them
         labels = read_labels(ATTRIBUTES, [photos[index] for index in split[0].tolist()]) if ATTRIBUTES else None
         settings["attributes"] = str(labels or "none")
-    how = {"is_compiled": is_compiled, "origin": origin, "labels": labels}
-    return Run(model, network, average, averaging, optimizers, device, pixels, *split, settings, **how)
+    return Run(
+        model, network, average, averaging, optimizers, device, pixels, *split, settings, labels, is_compiled, origin
+    )
 
 
 # Stopping
@@ -471,13 +472,13 @@ def train_epoch(run):
 
 @torch.inference_mode()
 def update_prior(run):
-    """Fit the prior to the codes of at most 16,384 training photos; return the number of active latents.
+    """Fit the prior to the first 16,384 training photos; return their codes (N, L) and the number of active latents.
 
     A latent is active if the variance of its mean exceeds 0.01 (Burda et al. 2016, arXiv:1509.00519, section 5.2).
     """
     mu, log_var = encode_photos(run, run.train_set[:16384])
     run.average.fit_prior(mu, log_var)
-    return (mu.var(0, correction=0) > 0.01).sum().item()
+    return mu, (mu.var(0, correction=0) > 0.01).sum().item()
 
 
 @torch.inference_mode()
@@ -492,11 +493,12 @@ def encode_photos(run, photos):
     return torch.cat(codes, dim=1)
 
 
-def update_directions(run):
-    """Fit the directions of the attributes, if there are any, to the codes of the training photos with labels."""
+def update_directions(run, mu=()):
+    """Fit the directions of attributes, if any; `mu` (N, L) are the codes of the first training photos, if known."""
     if run.labels:
-        mu, _ = encode_photos(run, run.train_set[run.labels.photos])
-        run.average.directions = fit_directions(mu.cpu(), run.labels)
+        photos = run.labels.photos
+        codes = mu[photos] if photos[-1] < len(mu) else encode_photos(run, run.train_set[photos])[0]
+        run.average.directions = fit_directions(codes.cpu(), run.labels)
 
 
 @torch.inference_mode()
@@ -525,8 +527,8 @@ def validate(run):
 
 def finish_epoch(run, count):
     """Fit the prior, validate and save all files of an epoch of `count` photos except last.pth; return its log line."""
-    active = update_prior(run)
-    update_directions(run)
+    codes, active = update_prior(run)
+    update_directions(run, codes)
     metrics, mu, log_var = validate(run)
     means = {f"train_{name}": total / count for name, total in zip(LOSSES, run.sums, strict=True)}
     row = {"epoch": run.epoch + 1, **means, **metrics, "active_units": active, "images_per_second": count / run.seconds}

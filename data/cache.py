@@ -75,8 +75,8 @@ def decode_photos(photos, path, cut, workers):
                 tqdm.write(f"Skipped     {error}")
         if not file.tell():
             raise UserError(f"None of the {len(photos)} photos can be used; the first is {photos[0]}.")
-        with atomic_write(path.with_suffix(".used")) as names:
-            names.write(used)
+        with atomic_write(path.with_suffix(".used")) as flags:
+            flags.write(used)
 
 
 def decode_batch(photos, cut):

@@ -235,30 +235,31 @@ def judge_edits(model, photos, images, mu):
         print(f"{name} {units:+}: accuracy {correct[column]:.3f}, {(held[:, column] > 0).sum()} photos have it")
         is_seen = sign * (logits - thresholds)[chosen, column] >= 0
         rows = torch.nonzero(~is_seen & (sign * held[chosen, column] < 0))[:, 0]
-
-        def tell(kind, moved, before, reference, column=column, sign=sign):
-            after = classify(classifier, moved)
-            changes = ((after - classify(classifier, before)) / logits.std(0)).T
-            ratios = [
-                (size.sum() / size[column] - 1) / (len(size) - 1)
-                for size in (changes.mean(1).abs(), changes.abs().mean(1))
-            ]
-            found = describe(moved, kind)[1]
-            print(
-                f"  {kind:<12} seen in {100 * (sign * (after - thresholds)[:, column] >= 0).float().mean():.1f} % of "
-                f"{len(moved)}; other attributes {ratios[0]:.2f} in the mean, {ratios[1]:.2f} per photo, Male "
-                f"{(changes[names.index('Male')].mean() / changes[column].mean().abs()):+.2f}; descriptors "
-                f"{distance(found, reference):.3f} apart; faces in {100 * np.isfinite(found[:, 0]).mean():.1f} %"
-            )
-
-        for kind, directions in {"regression": model.directions, "differences": plain}.items():
-            tell(
-                kind, genpic.decode_in_parts(model, mu[rows] + units * directions[name]), recon[rows], recon_faces[rows]
-            )
         some = [row for row in rows.tolist() if row in fitted]
-        moves = (0, units * model.directions[name])
-        before, moved = [torch.cat([fitted[row].decode(mu[[row]] + move) for row in some]) for move in moves]
-        tell("fitted", moved, before, faces[some])
+        move = units * model.directions[name]
+        moved = [genpic.decode_in_parts(model, mu[rows] + by) for by in (move, units * plain[name])]
+        pair = [torch.cat([fitted[row].decode(mu[[row]] + by) for row in some]) for by in (0, move)]
+        edits = {
+            "regression": (recon[rows], moved[0], recon_faces[rows]),
+            "differences": (recon[rows], moved[1], recon_faces[rows]),
+            "fitted": (*pair, faces[some]),
+        }
+        for kind, (before, after, reference) in edits.items():
+            seen = classify(classifier, after)
+            margins = sign * (seen - thresholds)[:, column]
+            print(f"  {kind:<12} seen in {100 * (margins >= 0).float().mean():.1f} % of {len(after)}", end="; ")
+            describe_changes((seen - classify(classifier, before)) / logits.std(0), column, names.index("Male"))
+            found = describe(after, kind)[1]
+            detected = 100 * np.isfinite(found[:, 0]).mean()
+            print(f"descriptors {distance(found, reference):.3f} apart; faces in {detected:.1f} %")
+
+
+def describe_changes(changes, column, male):
+    """Print how much attributes other than `column` change, given all changes (N, A), relative to its own change."""
+    in_mean, per_photo = changes.mean(0).abs(), changes.abs().mean(0)
+    others = [(sizes.sum() / sizes[column] - 1) / (len(sizes) - 1) for sizes in (in_mean, per_photo)]
+    share = changes[:, male].mean() / in_mean[column]
+    print(f"other attributes {others[0]:.2f} in the mean, {others[1]:.2f} per photo, Male {share:+.2f}", end="; ")
 
 
 def main(argv=()):
