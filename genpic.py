@@ -57,10 +57,27 @@ def find_sources():
 def read_photo(model, photo):
     """Return a Photo, cropped and scaled as in training, as an image (1, C, H, W) in [0, 1] on the model's device."""
     size = model.config["image_size"]
-    square, face = read_square(photo, model.config["channels"], size, CROP, model.face_box)
+    square, crop = read_square(photo, model.config["channels"], size, CROP, model.face_box, group=True)
     if CROP == "face" and model.face_box:
-        print(f"Face        {photo}: {face or 'none found (turned, tilted or too small?): using the center square'}")
+        found = describe_face(crop, model.face_box) if crop else "none found (in profile or too small?)"
+        print(f"Face        {photo}: {found}{'' if crop else ': using the center square'}")
+    elif crop and crop.outside > 0.1:
+        print(f"Square      {photo}: {crop.outside:.0%} of it is outside the photo, whose edges are repeated")
     return to_tensor(square)[None].to(model.latent_mean.device)
+
+
+def describe_face(crop, face_box):
+    """Return a text on the face that a photo was cropped to, with squares that can be pasted."""
+    width = crop.square[2] * face_box[2]
+    small = ", so small that the result will be blurry" if width < 40 else ""
+    beyond = f" ({crop.outside:.0%} is outside the photo: edges repeated)" if crop.outside > 0.1 else ""
+    flags = [f'--crop "{left} {top} {size}"' for left, top, size in (crop.square, *crop.others)]
+    others = f"; other faces: {', '.join(flags[1:])}" if crop.others else ""
+    how = f"as with {flags[0]}{beyond}{others}"
+    if crop.angle:
+        direction = "clockwise" if crop.angle < 0 else "counterclockwise"
+        how = f"after turning the photo {direction} by {abs(crop.angle)} degrees{beyond}"
+    return f"{width:.0f} pixels wide{small}: cropped {how}"
 
 
 def read_photos(model, photos):

@@ -130,8 +130,11 @@ def psnr(squared_error):
 def save_checkpoint(path, model, /, half=False, **info):
     """Save a model and `info` (tensors and plain Python types); `half` stores the parameters in 16 bits.
 
-    Raises UserError if a weight is not finite or the file cannot be written; an existing file is then left unchanged.
+    A model wrapped by torch.compile or DataParallel is saved as if it were not. Raises UserError if a weight is not
+    finite or the file cannot be written; an existing file is then left unchanged.
     """
+    while inner := [child for name, child in model.named_children() if name in ("module", "_orig_mod")]:
+        model = inner[0]
     state_dict = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     if half:
         state_dict |= {name: state_dict[name].half() for name, _ in model.named_parameters()}
@@ -161,6 +164,7 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32):
         info = dict(content) if "state_dict" in content else {"state_dict": content}
         layout = torch.contiguous_format  # the file's tensors may share or repeat memory
         state_dict = {name: tensor.clone(memory_format=layout) for name, tensor in info.pop("state_dict").items()}
+        state_dict = {re.sub(r"\b(module|_orig_mod)\.", "", name): tensor for name, tensor in state_dict.items()}
         with torch.device("meta"):  # allocates nothing, draws no random numbers: the file's tensors become the weights
             model = VAE(**info.pop("config", {}))
         state_dict.setdefault("latent_mean", torch.zeros(model.config["latent_dim"]))

@@ -4,7 +4,9 @@ import functools
 import hashlib
 import itertools
 import os
+import tempfile
 import warnings
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,29 +19,39 @@ from tqdm import tqdm
 from data.faces import read_square
 from vae import UserError, atomic_write
 
-DECODING = 1  # version of the decoding code: increase it when the pixels change, so that old caches are not used
+DECODING = 2  # version of the decoding code: increase it when the pixels change, so that old caches are not used
 
 
 def cached(photos, cut, workers):
     """Return the path of the cache of `photos`; if there is none, decode them first in `workers` processes.
 
     `cut` contains the arguments of read_square: channels, size, crop and face_box. Unusable photos are listed and
-    skipped. Raises UserError if none can be used or the file cannot be written. With several ranks, rank 0 decodes.
+    skipped, copies are left out. Raises UserError if no photo can be used or the file cannot be written. With several
+    ranks, rank 0 decodes.
     """
     path = None
     if not distributed.is_initialized() or distributed.get_rank() == 0:
         path = cache_path(photos, cut)
-        row_size = cut["size"] ** 2 * cut["channels"]
-        if not path.exists() or path.stat().st_size != row_size * len(cached_photos(path, photos)):
+        if not is_complete(path, photos, cut):
+            path = cache_folder() / path.name
+        if not is_complete(path, photos, cut):
             few = 32 if cut.get("crop") == "face" else 256  # so few that workers would start too slowly
             decode_photos(photos, path, cut, workers if len(photos) > few else 0)
     return share_with_ranks(path)
 
 
+def is_complete(path, photos, cut):
+    """Return whether there is a cache at `path` with a row for each photo that could be used."""
+    row_size = cut["size"] ** 2 * cut["channels"]
+    try:
+        return path.stat().st_size == row_size * len(cached_photos(path, photos))
+    except OSError:
+        return False
+
+
 def cached_photos(path, photos):
     """Return those of the photos that could be used: the rows of the cache at `path`."""
-    used = path.with_suffix(".used")  # a byte for each photo; missing in caches of earlier versions
-    return [*itertools.compress(photos, used.read_bytes())] if used.exists() else photos
+    return [*itertools.compress(photos, path.with_suffix(".used").read_bytes())]  # a byte for each photo
 
 
 def share_with_ranks(path):
@@ -56,23 +68,49 @@ def cache_path(photos, cut):
     digest = hashlib.sha256(f"{DECODING} {sorted(cut.items())}".encode())
     folder = os.path.commonpath([photo.path for photo in photos])  # its location does not matter
     for photo in photos:
-        stat = photo.path.stat() if photo.path.exists() else photo.path.lstat()  # for a broken link
+        size, time = 0, 0
+        with suppress(OSError):  # it may be a broken link or in a locked folder
+            stat = photo.path.stat()
+            size, time = stat.st_size, stat.st_mtime_ns
         name = os.fsencode(photo.path.relative_to(folder))
-        digest.update(name + f"/{photo.member}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-    shape = f"{cut['size']}x{cut['size']}x{cut['channels']}"
-    return Path(f"data/cache/{shape}-{digest.hexdigest()[:16]}.u8")
+        digest.update(name + f"/{photo.member}\0{size}\0{time}\0".encode())
+    name = f"{cut['size']}x{cut['size']}x{cut['channels']}-{digest.hexdigest()[:16]}.u8"
+    return Path("data/cache", name)
+
+
+def cache_folder():
+    """Return data/cache, or if it cannot be written to, a folder for temporary files."""
+    try:
+        Path("data/cache").mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir="data/cache").close()
+        return Path("data/cache")
+    except OSError as error:
+        fallback = Path(tempfile.gettempdir(), f"vae-cache-{Path('~').expanduser().name}")
+        print(f"Cache       in {fallback}, because data/cache cannot be written to ({error.strerror})")
+        return fallback
 
 
 def decode_photos(photos, path, cut, workers):
     """Decode Photos into a file of uint8 (N, H, W, C), with `workers` worker processes (0: in this process)."""
     batches = DataLoader(photos, 16, num_workers=workers, collate_fn=functools.partial(decode_batch, cut=cut))
     used = bytearray()
+    checksums = set()
+    copies = []
     with atomic_write(path) as file:
-        for rows, errors in tqdm(batches, "Reading photos", unit="photo", unit_scale=16, leave=False, disable=None):
-            file.write(rows)
-            used += bytes(error is None for error in errors)
-            for error in filter(None, errors):
-                tqdm.write(f"Skipped     {error}")
+        for rows in tqdm(batches, "Reading photos", unit="photo", unit_scale=16, leave=False, disable=None):
+            for row in rows:
+                if isinstance(row, str):
+                    tqdm.write(f"Skipped     {row}")
+                elif hash(row) in checksums:  # on both sides of the split, copies would make validation too optimistic
+                    copies.append(photos[len(used)])
+                else:
+                    file.write(row)
+                    checksums.add(hash(row))
+                    used.append(True)
+                    continue
+                used.append(False)
+        if copies:
+            tqdm.write(f"Copies      of other photos are left out: {len(copies):,}, the first is {copies[0]}")
         if not file.tell():
             raise UserError(f"None of the {len(photos)} photos can be used; the first is {photos[0]}.")
         with atomic_write(path.with_suffix(".used")) as flags:
@@ -80,19 +118,17 @@ def decode_photos(photos, path, cut, workers):
 
 
 def decode_batch(photos, cut):
-    """Return Photos as bytes, rows of uint8 (H, W, C), and for each one None or why it cannot be used."""
+    """Return for each Photo its row, the bytes of uint8 (H, W, C), or a sentence (str) that says why it has none."""
     rows = []
-    errors = []
     for photo in photos:
         try:
-            square, face = read_square(photo, **cut)
-            if cut.get("crop") == "face" and not face:
+            square, crop = read_square(photo, **cut)
+            if cut.get("crop") == "face" and not crop:
                 raise UserError(f"{photo} shows no face.")
             rows.append(square.tobytes())
-            errors.append(None)
         except UserError as error:
-            errors.append(str(error))
-    return b"".join(rows), errors
+            rows.append(str(error))
+    return rows
 
 
 def load_pixels(photos, cut, workers, device):

@@ -1,22 +1,40 @@
 """Find photos in folders, .zip archives and .npy arrays, and read them upright in the right colours."""
 
+import collections
 import errno
 import functools
+import io
 import os
+import re
 import typing
 import warnings
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageCms, PngImagePlugin, UnidentifiedImageError
 from torchvision.transforms.functional import pad, to_pil_image
 
 from vae import UserError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # not EPS: Pillow would run Ghostscript
-SUFFIXES = set(".jpg .jpeg .png .webp .avif .gif .bmp .tif .tiff .ppm .pgm .heic".split())  # HEIC only to report it
+with suppress(ImportError):
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+Image.init()
+KNOWN = "JPEG MPO PNG WEBP AVIF HEIF GIF BMP TIFF PPM".split()  # not EPS: Pillow would run Ghostscript
+FORMATS = [name for name in KNOWN if name in Image.OPEN]
+SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in KNOWN}
+HEIC = {".heic", ".heif", ".hif"}
+ARCHIVES = {".npz", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"}  # of kinds that are not read
+SYSTEM_FOLDERS = {"@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN"}  # thumbnails and deleted files
 DEMO = Path("data/demo")  # generated faces, for a first run
+
+Image.MAX_IMAGE_PIXELS = 125_000_000  # Pillow refuses photos of more than twice as many pixels
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28  # bytes of text and colour profiles
+
+TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
 
 
 class Photo(typing.NamedTuple):
@@ -31,17 +49,33 @@ class Photo(typing.NamedTuple):
 
 # Finding
 def find_photos(place):
-    """Return the Photos in a file, .zip, .npy or folder (with its subfolders and .zips); skip hidden files.
+    """Return the Photos in a file, .zip, .npy or folder (with its subfolders); print how many other files there are.
 
-    Raises UserError if an archive or array is broken.
+    Raises UserError if the file is an archive or array that cannot be read; in a folder, such files are skipped.
     """
-    if not os.path.isdir(place):
-        return photos_in(Path(place))
-    paths = []
-    for folder, subfolders, names in os.walk(place, onerror=report_skipped, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        paths += [Path(folder, name) for name in names if has_suffix(name, {*SUFFIXES, ".zip"})]
-    return [photo for path in sorted(paths) for photo in photos_in(path)]
+    is_folder = os.path.isdir(place)
+    found = []
+    for path in sorted(files_in(place)) if is_folder else [Path(place)]:
+        try:
+            found += photos_in(path)
+        except UserError as error:
+            if not is_folder:
+                raise
+            print(f"Skipped     {error}")
+    is_single = found == [Photo(Path(place))]  # it is read whatever its name
+    photos = []
+    others = collections.Counter()
+    for photo in found:
+        if is_single or isinstance(photo.member, int) or suffix_of(photo) in SUFFIXES:
+            photos.append(photo)
+        else:
+            others[suffix_of(photo)] += 1
+    if others:
+        counts = ", ".join(f"{count:,} {suffix or 'without ending'}" for suffix, count in others.most_common(8))
+        print(f"Left out    {others.total():,} files that are not photos: {counts}{', ...' if len(others) > 8 else ''}")
+    if (HEIC - SUFFIXES).intersection(map(suffix_of, found)):
+        print("Tip         To read .heic photos: pip install pillow-heif")
+    return photos
 
 
 def find_training_photos(place):
@@ -61,24 +95,61 @@ def find_training_photos(place):
     return photos
 
 
-def report_skipped(error):
-    """Print an error that causes a file or folder to be skipped but does not end the run."""
-    print(f"Skipped     {error}")
+def suffix_of(path):
+    """Return the suffix of a file name in lower case, without additions as in `a.jpg_large`; "" if it has none."""
+    return re.match(r"(\.[a-z0-9]+)?", os.path.splitext(str(path))[1].lower())[0]
 
 
-def has_suffix(name, suffixes):
-    """Return whether a file has one of the suffixes, ignoring case, and is not hidden."""
-    return Path(name).suffix.lower() in suffixes and not Path(name).name.startswith(".")
+def is_visible(name):
+    """Return whether a file or folder is neither hidden nor reserved by the operating system."""
+    return not name.startswith(".") and name not in SYSTEM_FOLDERS
+
+
+def files_in(place):
+    """Yield all visible files in a folder, its subfolders and the folders they link to, each folder only once."""
+    seen = {*Path(place).resolve().parents}
+    waiting = [place]
+    for root in waiting:  # links to folders are appended
+        for name, subfolders, files in os.walk(root, onerror=lambda error: print(f"Skipped     {error}")):
+            folder, real = Path(name), Path(name).resolve()
+            subfolders[:] = [] if real in seen else sorted(filter(is_visible, subfolders))
+            waiting += [folder / name for name in subfolders if (folder / name).resolve() != real / name]
+            if real not in seen:
+                yield from map(folder.joinpath, filter(is_visible, files))
+            seen.add(real)
 
 
 def photos_in(path):
-    """Return the Photos in an archive or array, or the file itself as a single Photo."""
-    if not has_suffix(path, {".zip", ".npy"}):
-        return [Photo(path)]
-    container = open_container(path, os.getpid())
-    if isinstance(container, zipfile.ZipFile):
-        return [Photo(path, name) for name in sorted(container.namelist()) if has_suffix(name, SUFFIXES)]
-    return [Photo(path, row) for row in range(len(container))]
+    """Return the Photos in an archive or array (other files in a .zip, too), or the file itself as the only one."""
+    suffix = suffix_of(path)
+    if suffix in ARCHIVES:
+        remedy = "save its array of photos as .npy" if suffix == ".npz" else "unpack it and use the folder"
+        raise UserError(f"{path} is a {suffix} archive, which cannot be read: {remedy}.")
+    if suffix == ".npy":
+        return [Photo(path, row) for row in range(len(open_container(path, os.getpid())))]
+    return photos_in_zip(path) if suffix == ".zip" else [Photo(path)]
+
+
+def photos_in_zip(path):
+    """Return the visible files in a .zip archive as Photos; raises UserError if it is locked or contains archives."""
+    archive = open_container(path, os.getpid())
+    names = [name for name in archive.namelist() if name[-1:] != "/"]
+    names = [name for name in names if all(map(is_visible, name.removeprefix("./").split("/")))]
+    names.sort(key=lambda name: (suffix_of(name) not in SUFFIXES, name))  # photos first
+    obstacle = ""
+    if names and suffix_of(names[0]) in {".zip", ".npy", *ARCHIVES}:
+        obstacle = f"contains {names[0]} instead of photos"
+    try:
+        with suppress(zipfile.BadZipFile):  # if only this photo is broken, the others are read
+            for name in names[:1]:
+                archive.open(name).close()
+    except NotImplementedError:
+        obstacle = "is compressed in a way that cannot be read, such as Deflate64"
+    except RuntimeError:
+        obstacle = "is locked with a password"
+    if obstacle:
+        raise UserError(f"{path} {obstacle}: unpack it and use the folder.")
+    return [Photo(path, name) for name in names]
 
 
 # Opening
@@ -86,7 +157,7 @@ def photos_in(path):
 def open_container(path, process):
     """Return the ZipFile or memory-mapped array at `path`, opened once per `process` id; raises UserError if broken."""
     try:
-        if path.suffix.lower() == ".zip":
+        if suffix_of(path) == ".zip":
             return zipfile.ZipFile(path)
         array = np.lib.format.open_memmap(path, "r")  # never unpickles
         is_photos = array.shape[3:] in [(1,), (3,)] or (array.ndim == 3 and array.shape[2] > 3)  # else it is one photo
@@ -117,19 +188,29 @@ def open_photo(photo):
 
 
 # Reading
-def read_image(photo, channels=3, size=None):
-    """Read a Photo or path upright, as an RGB (3 channels) or grey (1) PIL image; transparent areas become white.
+def read_image(photo, channels=3):
+    """Read a Photo or path upright, as an sRGB (3 channels) or grey (1) PIL image; transparent areas become white.
 
-    A JPEG is decoded only as large as needed to scale it to `size` pixels. Raises UserError if it cannot be read.
+    Raises UserError if it cannot be read.
+    """
+    return read_reduced(photo, channels, lambda size: 1)[0]
+
+
+def read_reduced(photo, channels, reduction):
+    """Like read_image, but up to `reduction(size)` times smaller; return the image and how many times smaller it is.
+
+    The function `reduction` is called with the width and height, which are in this order only for upright photos.
     """
     photo = photo if isinstance(photo, Photo) else Photo(Path(photo))
     try:
         with warnings.catch_warnings(action="ignore"), open_photo(photo) as image:
-            if max(image.size) > 100 * min(image.size):  # scaling it to a square would take gigabytes
+            size = image.size
+            if max(size) > 100 * min(size):  # scaling it to a square would take gigabytes
                 raise ValueError(f"{image.width} x {image.height} pixels is too elongated for a photo")
-            if size:
-                image.draft(None, (4 * size, 4 * size))
-            return convert(ImageOps.exif_transpose(image), channels)
+            times = max(1, int(reduction(size)))
+            image.draft(None, [max(1, side // times) for side in size])  # a JPEG is decoded small, which saves time
+            image = convert(turn_upright(image), channels, times * max(image.size) // max(size))
+            return image, max(size) / max(image.size)
     except Exception as error:  # Pillow's decoders raise all kinds of errors for a broken file
         reraise_shortage(error)
         reason = getattr(error, "strerror", None) or error
@@ -138,14 +219,76 @@ def read_image(photo, channels=3, size=None):
         raise UserError(f"{photo} cannot be read as an image ({reason}).") from None
 
 
-def convert(image, channels):
-    """Convert a PIL image of any mode to 8-bit RGB (3 channels) or grey (1); transparent areas become white."""
-    if image.mode.startswith("I") and np.asarray(image).max() > 255:  # 16 bits, which Pillow's convert() would clip
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+def turn_upright(image):
+    """Return a PIL image as its EXIF orientation says. ImageOps.exif_transpose would fail for odd values elsewhere."""
+    image.load()
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception as error:  # EXIF data may contain anything
+        reraise_shortage(error)
+        orientation = None
+    method = dict(enumerate(TURNS, start=2)).get(orientation)
+    return image.transpose(Image.Transpose[method]) if method else image
+
+
+def convert(image, channels, times):
+    """Convert a PIL image to sRGB (3 channels) or grey (1) with 8 bits, reduced `times` times; see read_image."""
+    profile = image.info.get("icc_profile")
+    image = without_transparency(to_8_bits(image))
+    if image.mode not in ("L", "CMYK"):
+        image = image.convert("RGB")
+    if times > 1:
+        image = image.reduce(times)
+    if profile:
+        image = to_srgb(image, profile)
     return image.convert("RGB" if channels == 3 else "L")
+
+
+def to_8_bits(image):
+    """Convert a PIL image with 16 bits or floats in [0, 1], which Pillow's convert() would clip, to mode L.
+
+    Raises ValueError for other values.
+    """
+    if image.mode[0] not in "IF":
+        return image
+    values = np.asarray(image)
+    highest = 1 if image.mode == "F" else 255 if values.max() <= 255 else 65535
+    if not 0 <= values.min() <= values.max() <= highest:
+        raise ValueError(f"its values, {values.min():g} to {values.max():g}, are not from 0 to {highest}")
+    return Image.fromarray((values * (255 / highest)).round().astype(np.uint8))
+
+
+def without_transparency(image):
+    """Return a PIL image on a white background."""
+    if not image.has_transparency_data:
+        return image
+    over = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), over).convert(
+        "L" if image.mode == "LA" else "RGB"
+    )
+
+
+def to_srgb(image, profile):
+    """Convert a PIL image (L, RGB, CMYK) to sRGB by an ICC profile (bytes), or return it unchanged if that fails."""
+    try:
+        mode, transform = srgb_transform(profile)
+        if (image.mode, mode) == ("L", "RGB"):
+            image = image.convert("RGB")
+        return ImageCms.applyTransform(image, transform) if transform else image
+    except Exception as error:  # profiles may contain anything
+        reraise_shortage(error)
+        return image
+
+
+@functools.lru_cache(maxsize=8)
+def srgb_transform(profile):
+    """Return the mode of images with an ICC profile (bytes), and the transform to sRGB, or None if it does nothing."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    sample = Image.merge("RGB", [Image.effect_noise((64, 64), 200) for _ in range(3)]).convert(mode)
+    change = ImageChops.difference(ImageCms.applyTransform(sample, transform), sample.convert("RGB"))
+    return mode, transform if np.asarray(change).max() > 1 else None
 
 
 # Cropping

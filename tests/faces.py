@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw
 
 
 def draw_face(seed, size=(48, 56)):
-    """Return a drawn face (PIL, RGB) rotated by 90 degrees so that the face detector does not find it."""
+    """Return a drawn face (PIL, RGB) rotated by 90 degrees so that runs find no upright faces."""
     dice = random.Random(seed)
     picture = Image.new("RGB", (100, 120), tuple(dice.choices(range(256), k=3)))
     skin, dark = [dice.randint(120, 250) for _ in range(3)], tuple(dice.choices(range(90), k=3))

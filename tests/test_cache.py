@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,26 @@ def test_photos_are_decoded_once(workplace):
     first.write_bytes(bytes(before.st_size))  # it must not be read again
     os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert torch.equal(cache.load_pixels(*arguments)[0], pixels) and usable == arguments[0]
+
+
+def test_copies_of_photos_are_used_once(workplace, capsys):
+    draw_faces(Path("few/a"), 6)
+    shutil.copytree("few/a", "few/b")
+    for said in ("Copies      of other photos are left out: 6, the first is few/b/face 000.jpg\n", ""):
+        pixels, usable = cache.load_pixels(find_photos("few"), {"channels": 3, "size": 32}, 0, torch.device("cpu"))
+        assert len(pixels) == 6 and usable == find_photos("few/a")
+        assert capsys.readouterr().out.startswith(f"{said}Photos      6 of 12 can be used, cached in data/cache/")
+
+
+def test_photos_are_cached_elsewhere_if_the_folder_cannot_be_written_to(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(workplace / "temporary"))
+    shutil.rmtree("data/cache")
+    Path("data/cache").touch()
+    for _ in range(2):
+        cache.load_pixels(find_photos("faces"), {"channels": 3, "size": 32}, 0, torch.device("cpu"))
+        said = capsys.readouterr().out
+        assert re.match(r"Cache       in (.*/temporary/vae-cache-\w+), because data/cache cannot be written to", said)
+    assert len([*Path("temporary").glob("vae-cache-*/*.u8")]) == 1
 
 
 def test_the_cache_depends_on_photos_and_crop_but_not_on_the_folder(tmp_path, monkeypatch):

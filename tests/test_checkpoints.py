@@ -34,6 +34,14 @@ def test_a_checkpoint_restores_the_model_and_its_info(model, half, tmp_path):
     torch.testing.assert_close(dict(loaded.state_dict()), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda model: nn.DataParallel(torch.compile(model))])
+def test_checkpoints_of_wrapped_models_load(model, wrap, tmp_path):
+    save_checkpoint(tmp_path / "saved.pth", wrap(model))
+    torch.save({"config": model.config, "state_dict": wrap(model).state_dict()}, tmp_path / "wrapped.pth")
+    for path in tmp_path.iterdir():
+        torch.testing.assert_close(dict(load_checkpoint(path)[0].state_dict()), dict(model.state_dict()))
+
+
 @pytest.mark.parametrize(("value", "half"), [(float("nan"), False), (float("inf"), False), (1e6, True)])
 def test_non_finite_weights_are_never_saved_and_the_old_file_is_kept(model, value, half, tmp_path):
     (tmp_path / "model.pth").write_text("old")

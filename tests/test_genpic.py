@@ -36,7 +36,7 @@ REFUSED = {
     "--tune 9 --mode interpolate": "TUNE is 9: it must be 0",
     "--w -0.1": "W is -0.1: it must be a number from 0 to 1",
     "--crop '1 2 0'": 'CROP is \'1 2 0\': it must be "face", "center", or left, top',
-    "--image me.jpg --crop '9 0 40'": "CROP 9 0 40 extends beyond me.jpg, which is 48 x 56 pixels",
+    "--image me.jpg --crop '-90 0 40'": "CROP -90 0 40 is outside me.jpg, which is 48 pixels wide",
     "--output grid.gif": "OUTPUT is 'grid.gif': it must be a file name ending in .jpg, .png or .webp; or .gif for",
     "--output grid.webp --num-variations 3000": "grid.webp cannot be written",  # WebP allows at most 16,383 pixels
 }
