@@ -1,11 +1,9 @@
 """Make pictures with a trained model: variations of a photo, edits, reconstructions, samples, interpolations.
 
-    python genpic.py                                  # ten variations of the photo in data/tested_data
-    python genpic.py --image me.jpg --tune 50 --edit "Smiling 2, Eyeglasses -1"    # every setting is a flag
-    python genpic.py --mode sample --output faces.png
-    python genpic.py --mode interpolate --image me.jpg --image-to you.jpg --output morph.gif
-
-By default, writes generated_images_grid2.jpg: the photo, its reconstruction and the variations, six per row.
+python genpic.py                                  # ten variations of the photo in data/tested_data
+python genpic.py --image me.jpg --tune 50 --edit "Smiling 2, Eyeglasses -1"    # every setting is a flag
+python genpic.py --mode sample --output faces.png
+python genpic.py --mode interpolate --image me.jpg --image-to you.jpg --output morph.gif
 """
 
 import copy
@@ -59,25 +57,22 @@ def read_photo(model, photo):
     size = model.config["image_size"]
     square, crop = read_square(photo, model.config["channels"], size, CROP, model.face_box, group=True)
     if CROP == "face" and model.face_box:
-        found = describe_face(crop, model.face_box) if crop else "none found (in profile or too small?)"
-        print(f"Face        {photo}: {found}{'' if crop else ': using the center square'}")
+        found = describe_face(crop, model.face_box) if crop else "none found (in profile?): using the center square"
+        print(f"Face        {photo}: {found}")
     elif crop and crop.outside > 0.1:
         print(f"Square      {photo}: {crop.outside:.0%} of it is outside the photo, whose edges are repeated")
     return to_tensor(square)[None].to(model.latent_mean.device)
 
 
 def describe_face(crop, face_box):
-    """Return a text on the face that a photo was cropped to, with squares that can be pasted."""
+    """Return a text on the Crop of a photo around its face, with squares that can be pasted."""
     width = crop.square[2] * face_box[2]
     small = ", so small that the result will be blurry" if width < 40 else ""
     beyond = f" ({crop.outside:.0%} is outside the photo: edges repeated)" if crop.outside > 0.1 else ""
-    flags = [f'--crop "{left} {top} {size}"' for left, top, size in (crop.square, *crop.others)]
-    others = f"; other faces: {', '.join(flags[1:])}" if crop.others else ""
-    how = f"as with {flags[0]}{beyond}{others}"
-    if crop.angle:
-        direction = "clockwise" if crop.angle < 0 else "counterclockwise"
-        how = f"after turning the photo {direction} by {abs(crop.angle)} degrees{beyond}"
-    return f"{width:.0f} pixels wide{small}: cropped {how}"
+    first, *others = [f'--crop "{left} {top} {size}"' for left, top, size in (crop.square, *crop.others)]
+    how = f"after turning the photo by {abs(crop.angle)} degrees" if crop.angle else f"as with {first}"
+    also = f"; other faces: {', '.join(others)}" if others else ""
+    return f"{width:.0f} pixels wide{small}: cropped {how}{beyond}{also}"
 
 
 def read_photos(model, photos):

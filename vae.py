@@ -60,9 +60,7 @@ class VAE(nn.Module):
         self.final_layer = nn.Sequential(*decoder_stage(up[-1], up[-1]), nn.Conv2d(up[-1], channels, 3, padding=1))
         self.face_box = None  # left, top and size of the face in its pictures, as fractions of the side, if known
         self.directions = {}  # names of attributes, and the (L,) that changes each by one unit when added to a code
-
-        # The prior that `sample` draws from: N(0, I) until `fit_prior` is called
-        self.register_buffer("latent_mean", torch.zeros(latent_dim))
+        self.register_buffer("latent_mean", torch.zeros(latent_dim))  # of the prior: N(0, I) before `fit_prior`
         self.register_buffer("latent_scale", torch.eye(latent_dim))
 
     def encode(self, x):
@@ -111,10 +109,7 @@ class VAE(nn.Module):
 
 
 def stage(convolution, inputs, outputs, **options):
-    """Return a convolution, BatchNorm and LeakyReLU: (B, inputs, H, W) -> (B, outputs, ...).
-
-    nn.Conv2d halves the sides, rounding up; nn.ConvTranspose2d with output_padding=1 doubles them.
-    """
+    """Return nn.Conv2d (halves the sides, rounding up) or ConvTranspose2d (doubles them), BatchNorm and LeakyReLU."""
     layer = convolution(inputs, outputs, kernel_size=3, stride=2, padding=1, **options)
     layer.bias.requires_grad_(False)  # BatchNorm cancels it: its gradient is zero but still takes time to compute
     norm = nn.BatchNorm2d(outputs, momentum=0.3)  # a lower one lets the statistics lag behind Muon's large steps
@@ -130,8 +125,8 @@ def psnr(squared_error):
 def save_checkpoint(path, model, /, half=False, **info):
     """Save a model and `info` (tensors and plain Python types); `half` stores the parameters in 16 bits.
 
-    A model wrapped by torch.compile or DataParallel is saved as if it were not. Raises UserError if a weight is not
-    finite or the file cannot be written; an existing file is then left unchanged.
+    Models wrapped by torch.compile or DataParallel are unwrapped. Raises UserError if a weight is not finite or the
+    file cannot be written; an existing file is then left unchanged.
     """
     while inner := [child for name, child in model.named_children() if name in ("module", "_orig_mod")]:
         model = inner[0]
@@ -153,9 +148,8 @@ def save_checkpoint(path, model, /, half=False, **info):
 def load_checkpoint(path, device="cpu", dtype=torch.float32):
     """Load a checkpoint; return the model, in eval mode on `device`, and the info saved with it.
 
-    If `dtype` is None, the weights keep theirs. Older checkpoints are a bare state dict or a pickled `vae.VAE`, of the
-    size that the constants above give; they have no info, and the prior N(0, I). No code in a file is ever run. Raises
-    UserError if it is missing or not valid.
+    If `dtype` is None, the weights keep theirs. Older files, a state dict or a pickled `vae.VAE`, must be of the size
+    that the constants above give. No code in a file is ever run. Raises UserError if it is missing or not valid.
     """
     content = read_checkpoint(path)
     try:
@@ -170,11 +164,9 @@ def load_checkpoint(path, device="cpu", dtype=torch.float32):
         state_dict.setdefault("latent_mean", torch.zeros(model.config["latent_dim"]))
         state_dict.setdefault("latent_scale", torch.eye(model.config["latent_dim"]))
         model.load_state_dict(state_dict, assign=True)
-        match info.get("face_box"):
-            case None | [float(), float(), float()] as box if not box or (sum(map(abs, box)) < 4 and box[2] > 0.01):
-                model.face_box = box
-            case other:
-                raise ValueError(f"invalid face_box {other!r}")
+        model.face_box = box = info.get("face_box")
+        if box and ([*map(type, box)] != [float] * 3 or not (sum(map(abs, box)) < 4 and box[2] > 0.01)):
+            raise ValueError(f"invalid face_box {box!r}")
         names, rows = info.pop("attributes", []), info.pop("directions", torch.zeros(0, len(model.latent_mean)))
         are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
         if not are_names or rows.shape != (len(names), len(model.latent_mean)) or not rows.isfinite().all():

@@ -28,7 +28,7 @@ class Crop(typing.NamedTuple):
 
     square: list[int]
     outside: float  # fraction of the square that is outside the photo
-    others: list[list[int]]  # squares around up to five other faces, largest first
+    others: list[list[int]]  # squares around up to five other faces, largest first, unless `angle`
     angle: int
 
 
@@ -155,6 +155,6 @@ def read_square(photo, channels, size, crop="center", face_box=None, group=False
     inside = [min(left + side, image.width) - max(left, 0), min(top + side, image.height) - max(top, 0)]
     if min(inside) <= 0:
         raise UserError(f"CROP {crop} is outside {photo}, which is {image.width * times:.0f} pixels wide.")
-    first, *others = [(square * times).round().astype(int).tolist() for square in squares[:6]]
+    first, *others = [(square * times).round().astype(int).tolist() for square in squares[: 1 if angle else 6]]
     crop = Crop(first, 1 - math.prod(inside) / side**2, others, angle)
     return square_transform(size)(crop_square(image, left, top, side)), crop
