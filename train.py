@@ -576,7 +576,7 @@ def lock_output():
         for partial in [*out.glob(".*.[0-9]*.tmp"), *out.glob("progress/.*.[0-9]*.tmp")]:
             partial.unlink()
     except (Timeout, OSError) as error:
-        in_use = f"another run is using it, or ended on another machine and left {out / '.lock'}, which you can delete"
+        in_use = f"another run is using it; if none is, it ended on another machine: delete {out / '.lock'}"
         reason = in_use if isinstance(error, Timeout) else error.strerror
         raise UserError(f"{out} cannot be written to ({reason}): choose another --output-dir.") from None
     return lock

@@ -85,7 +85,7 @@ def cache_folder():
         tempfile.TemporaryFile(dir="data/cache").close()
         return Path("data/cache")
     except OSError as error:
-        fallback = Path(tempfile.gettempdir(), f"vae-cache-{Path('~').expanduser().name}")
+        fallback = Path(tempfile.gettempdir(), f"vae-cache-{os.path.basename(os.path.expanduser('~'))}")
         print(f"Cache       in {fallback}, because data/cache cannot be written to ({error.strerror})")
         return fallback
 
@@ -110,7 +110,7 @@ def decode_photos(photos, path, cut, workers):
                     continue
                 used.append(False)
         if copies:
-            tqdm.write(f"Copies      of other photos are left out: {len(copies):,}, the first is {copies[0]}")
+            tqdm.write(f"Copies      {len(copies):,} left out, such as {copies[0]}")
         if not file.tell():
             raise UserError(f"None of the {len(photos)} photos can be used; the first is {photos[0]}.")
         with atomic_write(path.with_suffix(".used")) as flags:

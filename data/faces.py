@@ -126,7 +126,7 @@ def median_face_box(pictures, wanted=None):
 # The square
 def check_crop(crop):
     """Raise UserError unless `crop` is a valid value of CROP."""
-    valid = crop in ("face", "center") or re.fullmatch(r"-?\d+ +-?\d+ +[1-9]\d*", crop)
+    valid = crop in ("face", "center") or re.fullmatch(r"-?\d{1,6} +-?\d{1,6} +[1-9]\d{,5}", crop)
     require(valid, "CROP", crop, '"face", "center", or left, top and size of a square in pixels, such as "140 90 320"')
 
 

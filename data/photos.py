@@ -72,7 +72,7 @@ def find_photos(place):
             others[suffix_of(photo)] += 1
     if others:
         counts = ", ".join(f"{count:,} {suffix or 'without ending'}" for suffix, count in others.most_common(8))
-        print(f"Left out    {others.total():,} files that are not photos: {counts}{', ...' if len(others) > 8 else ''}")
+        print(f"Left out    {counts}{', ...' if len(others) > 8 else ''} (not photos)")
     if (HEIC - SUFFIXES).intersection(map(suffix_of, found)):
         print("Tip         To read .heic photos: pip install pillow-heif")
     return photos
@@ -106,7 +106,7 @@ def is_visible(name):
 
 
 def files_in(place):
-    """Yield all visible files in a folder, its subfolders and the folders they link to, each folder only once."""
+    """Yield the visible files in a folder, its subfolders and linked folders (except its parents), each only once."""
     seen = {*Path(place).resolve().parents}
     waiting = [place]
     for root in waiting:  # links to folders are appended
@@ -135,18 +135,18 @@ def photos_in_zip(path):
     archive = open_container(path, os.getpid())
     names = [name for name in archive.namelist() if name[-1:] != "/"]
     names = [name for name in names if all(map(is_visible, name.removeprefix("./").split("/")))]
-    names.sort(key=lambda name: (suffix_of(name) not in SUFFIXES, name))  # photos first
-    obstacle = ""
-    if names and suffix_of(names[0]) in {".zip", ".npy", *ARCHIVES}:
-        obstacle = f"contains {names[0]} instead of photos"
+    inner = {".zip", ".npy", *ARCHIVES}
+    names.sort(key=lambda name: (suffix_of(name) not in SUFFIXES, suffix_of(name) not in inner, name))  # photos first
+    obstacle = f"contains {names[0]} instead of photos" if names and suffix_of(names[0]) in inner else ""
     try:
-        with suppress(zipfile.BadZipFile):  # if only this photo is broken, the others are read
-            for name in names[:1]:
-                archive.open(name).close()
+        for name in names[:1]:
+            archive.open(name).close()
     except NotImplementedError:
         obstacle = "is compressed in a way that cannot be read, such as Deflate64"
     except RuntimeError:
         obstacle = "is locked with a password"
+    except Exception as error:  # only this photo is broken
+        reraise_shortage(error)
     if obstacle:
         raise UserError(f"{path} {obstacle}: unpack it and use the folder.")
     return [Photo(path, name) for name in names]
@@ -235,7 +235,7 @@ def convert(image, channels, times):
     """Convert a PIL image to sRGB (3 channels) or grey (1) with 8 bits, reduced `times` times; see read_image."""
     profile = image.info.get("icc_profile")
     image = without_transparency(to_8_bits(image))
-    if image.mode not in ("L", "CMYK"):
+    if image.mode not in ("L", "RGB", "CMYK"):
         image = image.convert("RGB")
     if times > 1:
         image = image.reduce(times)
@@ -255,7 +255,7 @@ def to_8_bits(image):
     highest = 1 if image.mode == "F" else 255 if values.max() <= 255 else 65535
     if not 0 <= values.min() <= values.max() <= highest:
         raise ValueError(f"its values, {values.min():g} to {values.max():g}, are not from 0 to {highest}")
-    return Image.fromarray((values * (255 / highest)).round().astype(np.uint8))
+    return Image.fromarray((values * np.float32(255 / highest)).round().astype(np.uint8))
 
 
 def without_transparency(image):
@@ -286,7 +286,7 @@ def srgb_transform(profile):
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]
     transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-    sample = Image.merge("RGB", [Image.effect_noise((64, 64), 200) for _ in range(3)]).convert(mode)
+    sample = Image.frombytes("RGB", (64, 64), np.random.default_rng(0).bytes(64 * 64 * 3)).convert(mode)
     change = ImageChops.difference(ImageCms.applyTransform(sample, transform), sample.convert("RGB"))
     return mode, transform if np.asarray(change).max() > 1 else None
 

@@ -174,7 +174,7 @@ def test_resuming_without_a_saved_run_is_refused(workplace):
 def test_a_second_run_in_the_same_folder_is_refused_until_the_first_has_ended(workplace, fork):
     process = fork(run, "--epochs", "100000", "--output-dir", "shared")
     wait_for(Path("shared/history.csv"), process)
-    assert "(another run is using it, or ended on another machine and left shared/.lock, which you" in refusal(
+    assert "(another run is using it; if none is, it ended on another machine: delete shared/.lock)" in refusal(
         run, "--output-dir", "shared"
     )
     process.kill()
