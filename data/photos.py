@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageChops, ImageCms, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageCms, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError
 from torchvision.transforms.functional import pad, to_pil_image
 
 from vae import UserError
@@ -33,6 +33,7 @@ DEMO = Path("data/demo")  # generated faces, for a first run
 
 Image.MAX_IMAGE_PIXELS = 125_000_000  # Pillow refuses photos of more than twice as many pixels
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28  # bytes of text and colour profiles
+JpegImagePlugin.JpegImageFile._read_dpi_from_exif = lambda self: None  # not needed, and it fails for odd tags
 
 TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
 
