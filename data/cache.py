@@ -6,7 +6,6 @@ import itertools
 import os
 import tempfile
 import warnings
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -68,14 +67,11 @@ def cache_path(photos, cut):
     digest = hashlib.sha256(f"{DECODING} {sorted(cut.items())}".encode())
     folder = os.path.commonpath([photo.path for photo in photos])  # its location does not matter
     for photo in photos:
-        size, time = 0, 0
-        with suppress(OSError):  # it may be a broken link or in a locked folder
-            stat = photo.path.stat()
-            size, time = stat.st_size, stat.st_mtime_ns
-        name = os.fsencode(photo.path.relative_to(folder))
-        digest.update(name + f"/{photo.member}\0{size}\0{time}\0".encode())
-    name = f"{cut['size']}x{cut['size']}x{cut['channels']}-{digest.hexdigest()[:16]}.u8"
-    return Path("data/cache", name)
+        stat = photo.path.stat() if os.path.exists(photo.path) else None  # not for broken links and locked folders
+        state = stat and (stat.st_size, stat.st_mtime_ns)
+        digest.update(os.fsencode(photo.path.relative_to(folder)) + f"/{photo.member}\0{state}\0".encode())
+    shape = f"{cut['size']}x{cut['size']}x{cut['channels']}"
+    return Path(f"data/cache/{shape}-{digest.hexdigest()[:16]}.u8")
 
 
 def cache_folder():

@@ -200,7 +200,7 @@ def read_image(photo, channels=3):
 def read_reduced(photo, channels, reduction):
     """Like read_image, but up to `reduction(size)` times smaller; return the image and how many times smaller it is.
 
-    The function `reduction` is called with the width and height, which are in this order only for upright photos.
+    `reduction` gets the sides of the photo as it lies in the file, perhaps turned. Raises UserError like read_image.
     """
     photo = photo if isinstance(photo, Photo) else Photo(Path(photo))
     try:
@@ -263,10 +263,9 @@ def without_transparency(image):
     """Return a PIL image on a white background."""
     if not image.has_transparency_data:
         return image
-    over = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), over).convert(
-        "L" if image.mode == "LA" else "RGB"
-    )
+    white = Image.new("RGBA", image.size, "white")
+    opaque = Image.alpha_composite(white, image.convert("RGBA"))
+    return opaque.convert("L" if image.mode == "LA" else "RGB")
 
 
 def to_srgb(image, profile):

@@ -4,7 +4,6 @@ import math
 import multiprocessing
 import os
 import random
-import re
 import shutil
 import signal
 import sys
@@ -205,11 +204,9 @@ def test_a_picture_or_table_that_cannot_be_written_is_a_warning(workplace, monke
     assert Path("out/loss_curves.png").exists() and Path("out/vae_model_2.pth").exists()
 
 
-@pytest.mark.parametrize(("place", "flags"), [("file", ["--output-dir", "file/out"])])
-def test_folders_that_cannot_be_written_to(workplace, place, flags):
-    shutil.rmtree("data")
-    Path(place).touch()
-    assert re.search(f"{place}/.* cannot be written", refusal(run, *flags))
+def test_folders_that_cannot_be_written_to(workplace):
+    Path("file").touch()
+    assert refusal(run, "--output-dir", "file/out").startswith("file/out cannot be written to")
 
 
 @pytest.mark.parametrize("at", [10, 14])
