@@ -1,7 +1,7 @@
 """Make pictures with a trained model: variations of a photo, edits, reconstructions, samples, interpolations.
 
-python genpic.py                                  # ten variations of the photo in data/tested_data
-python genpic.py --image me.jpg --tune 50 --edit "Smiling 2, Eyeglasses -1"    # every setting is a flag
+python genpic.py                                  # ten variations of the photo in data/tested_data; every setting is a flag
+python genpic.py --mode photo --image me.jpg --edit "Smiling 2" --output smiling.jpg    # the whole photo, changed
 python genpic.py --mode sample --output faces.png
 python genpic.py --mode interpolate --image me.jpg --image-to you.jpg --output morph.gif
 """
@@ -20,7 +20,8 @@ from tqdm import tqdm
 import vae
 from data.attributes import parse_edit
 from data.faces import check_crop, read_square
-from data.photos import find_photos
+from data.paste import paste_face
+from data.photos import find_photos, read_image
 from vae import UserError, require
 
 CHECKPOINT: str = "checkpoints_best/vae_model_20.pth"  # the model saved by train.py
@@ -28,7 +29,7 @@ IMAGE: str = "data/tested_data"  # photo; or a folder, .zip or .npy: its first p
 CROP: str = "face"  # square to use: "face" (around the largest face), "center", or "LEFT TOP SIZE" in pixels
 IMAGE_TO: str = ""  # photo where "interpolate" ends; if empty, it ends at IMAGE after EDIT, or goes between two samples
 OUTPUT: str = "generated_images_grid2.jpg"  # output file: .jpg, .png or .webp; for an animation also .gif
-MODE: str = "variations"  # what to generate: variations, reconstruct, sample, interpolate, sweep or attributes
+MODE: str = "variations"  # what to make: variations, photo, reconstruct, sample, interpolate, sweep or attributes
 EDIT: str = ""  # attributes to change, by how many units, as in "Smiling 2, Eyeglasses -1"; "attributes" shows them all
 TUNE: int = 0  # steps that fit the decoder to the photos first; 50 take a second or two and keep the person
 NUM_VARIATIONS: int = 10  # number of variations; for "sweep", per row
@@ -53,7 +54,7 @@ def find_sources():
 
 
 def read_photo(model, photo):
-    """Return a Photo, cropped and scaled as in training, as an image (1, C, H, W) in [0, 1] on the model's device."""
+    """Return a Photo, cropped and scaled as in training, as an image (1, C, H, W), and its Crop."""
     size = model.config["image_size"]
     square, crop = read_square(photo, model.config["channels"], size, CROP, model.face_box, group=True)
     if CROP == "face" and model.face_box:
@@ -61,7 +62,7 @@ def read_photo(model, photo):
         print(f"Face        {photo}: {found}")
     elif crop and crop.outside > 0.1:
         print(f"Square      {photo}: {crop.outside:.0%} of it is outside the photo, whose edges are repeated")
-    return to_tensor(square)[None].to(model.latent_mean.device)
+    return to_tensor(square)[None].to(model.latent_mean.device), crop
 
 
 def describe_face(crop, face_box):
@@ -76,11 +77,11 @@ def describe_face(crop, face_box):
 
 
 def read_photos(model, photos):
-    """Yield each readable Photo with its image (1, C, H, W); raises UserError if none is readable."""
+    """Yield each readable Photo with its image (1, C, H, W) and Crop; raises UserError if none is readable."""
     readable = 0
     for photo in photos:
         try:
-            yield photo, read_photo(model, photo)
+            yield photo, *read_photo(model, photo)
             readable += 1
         except UserError as error:
             if len(photos) == 1:
@@ -90,14 +91,14 @@ def read_photos(model, photos):
         raise UserError(f"None of the {len(photos)} photos can be read; the first is {photos[0]}.")
 
 
-def encode_photos(model, pairs):
-    """Return images (N, C, H, W) of (Photo, image) pairs, edited pictures, codes (N, L), and the (fitted) model."""
-    images = torch.cat([image for _, image in pairs])
+def encode_photos(model, read):
+    """Return images (N, C, H, W) of photos from `read_photos`, edited pictures, codes (N, L), the (fitted) model."""
+    images = torch.cat([image for _, image, _ in read])
     mu, _ = model.encode(images)
     fitted = fit_decoder(model, mu, images) if TUNE else model
     recons = [net.decode(mu) for net in ([model, fitted] if TUNE else [model])]
     errors = [(recon - images).square().mean((1, 2, 3)).tolist() for recon in recons]
-    for (photo, _), *each in zip(pairs, *errors, strict=True):
+    for (photo, *_), *each in zip(read, *errors, strict=True):
         psnrs = [f"{vae.psnr(error):.2f} dB" for error in each]
         print(f"Photo       {photo}, reconstructed with a PSNR of {f', fitted in {TUNE} steps to '.join(psnrs)}")
     return images, fitted.decode(edit(model, mu)) if EDIT else recons[-1], mu, fitted
@@ -162,12 +163,24 @@ def decode_in_parts(model, z):
     return torch.cat([model.decode(part) for part in z.split(64)])
 
 
-# Modes: each yields sheets of images (N, C, H, W) with their number of columns
+# Modes: each yields sheets of images (N, C, H, W) with their number of columns; "photo" yields a PIL image
 def make_variations(model, photos):
     """Yield the photo, its reconstruction and NUM_VARIATIONS variations of it."""
     image, recon, mu, model = encode_photos(model, [next(read_photos(model, photos))])
     codes = perturb(model, mu, vae.latent_noise(model, NUM_VARIATIONS, SEED), W)
     yield torch.cat([image, recon, decode_in_parts(model, edit(model, codes))]), 6
+
+
+def make_photo(model, photos):
+    """Yield the whole photo, with the face changed as EDIT says, as a PIL image."""
+    photo, image, crop = next(read_photos(model, photos))
+    require(crop, "CROP", CROP, f'the square around the face in {photo}, such as "140 90 320", unless "face" finds one')
+    _, after, mu, model = encode_photos(model, [(photo, image, crop)])
+    whole = read_image(photo, model.config["channels"])
+    paste_face(whole, crop, model.decode(mu)[0], after[0])
+    whole.info.clear()  # so that no EXIF data, comment or profile is saved
+    print(f"Size        {whole.width} x {whole.height}, 8-bit sRGB without EXIF or GPS data; quality 95 unless PNG")
+    yield whole, 1
 
 
 def make_sweep(model, photos):
@@ -207,10 +220,10 @@ def label(model, text):
 
 def make_reconstructions(model, photos):
     """Yield all photos, each next to its reconstruction, at most 64 per sheet."""
-    pairs = read_photos(model, photos)
+    read = read_photos(model, photos)
     errors = []
-    while sheet := list(itertools.islice(pairs, 64)):
-        groups = [[pair] for pair in sheet] if TUNE else [sheet]  # each photo has its own fitted decoder
+    while sheet := list(itertools.islice(read, 64)):
+        groups = [[one] for one in sheet] if TUNE else [sheet]  # each photo has its own fitted decoder
         tiles = torch.cat([torch.stack(encode_photos(model, group)[:2], dim=1).flatten(0, 1) for group in groups])
         errors += (tiles[::2] - tiles[1::2]).square().mean((1, 2, 3)).tolist()
         yield tiles, 8
@@ -237,6 +250,7 @@ def make_interpolation(model, *sources):
 
 MODES = {
     "variations": make_variations,
+    "photo": make_photo,
     "reconstruct": make_reconstructions,
     "sample": make_samples,
     "interpolate": make_interpolation,
@@ -253,8 +267,10 @@ def is_animation():
 
 
 def save_sheet(images, path, columns):
-    """Save images (N, C, H, W) as a grid, or as a forward-and-back animation."""
-    if not is_animation():
+    """Save a PIL image, or images (N, C, H, W) as a grid or as a forward-and-back animation."""
+    if isinstance(images, Image.Image):
+        vae.save_picture(images, path)
+    elif not is_animation():
         vae.save_grid(images, path, columns)
     else:
         first, *others = [vae.to_picture(image) for image in torch.cat([images, images[1:-1].flip(0)])]
@@ -268,6 +284,7 @@ def check_settings():
     require(MODE in MODES, "MODE", MODE, f"one of {', '.join(MODES)}")
     require(MODE == "interpolate" or not IMAGE_TO, "MODE", MODE, '"interpolate" if IMAGE_TO is set')
     require(TUNE >= 0, "TUNE", TUNE, "at least 0")
+    require(MODE != "photo" or EDIT, "EDIT", EDIT, 'what to change in the photo, such as "Smiling 2"')
     require(PRIOR in ("fitted", "standard"), "PRIOR", PRIOR, '"fitted" or "standard"')
     check_crop(CROP)
     require(0 <= W <= 1, "W", W, "a number from 0 to 1")
@@ -315,6 +332,9 @@ def main(argv=()):
         if PRIOR == "standard":
             model.latent_mean.zero_()
             model.latent_scale.copy_(torch.eye(model.config["latent_dim"]))
+        if MODE == "photo" and not TUNE:
+            print("Tune        50 steps, although TUNE is 0: only a fitted face changes in a way that suits the photo")
+            globals()["TUNE"] = 50
         sources = find_sources()
         require(sources or not TUNE, "TUNE", TUNE, "0 without a photo to fit (interpolate needs IMAGE_TO or EDIT)")
         inputs = {str(photo.path.resolve()).lower() for photo in itertools.chain(*sources)}  # case may not matter

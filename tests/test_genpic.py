@@ -197,7 +197,8 @@ def test_grey_models_give_grey_pictures(mode, workplace):
     model = vae.VAE(24, 1, [4], 3)
     model.directions = {"Smiling": torch.ones(3)}
     vae.save_checkpoint("grey.pth", model)
-    generate("--checkpoint", "grey.pth", "--mode", mode, "--output", "new folder/grey.png")
+    flags = ["--edit=Smiling 1", "--crop=0 0 40"]
+    generate("--checkpoint", "grey.pth", "--mode", mode, "--output", "new folder/grey.png", *flags)
     assert Image.open("new folder/grey.png").mode == "L"
 
 
