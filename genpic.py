@@ -1,8 +1,8 @@
 """Make pictures with a trained model: variations of a photo, edits, reconstructions, samples, interpolations.
 
-python genpic.py                                  # ten variations of the photo in data/tested_data; every setting is a flag
+python genpic.py                                  # ten variations of the photo in data/tested_data
 python genpic.py --mode photo --image me.jpg --edit "Smiling 2" --output smiling.jpg    # the whole photo, changed
-python genpic.py --mode sample --output faces.png
+python genpic.py --mode sample --output faces.png                               # every setting is a flag
 python genpic.py --mode interpolate --image me.jpg --image-to you.jpg --output morph.gif
 """
 

@@ -33,14 +33,11 @@ def paste_face(image, crop, before, after):
 
 
 def redraw(around, maps, first, size):
-    """Return rows of the photo, uint8 (C, H, W), redrawn by enlarged maps (2C + 3, H, W).
-
-    Given `around` (C, H', W), the rows and some around them; the first of those to redraw is its row `first`.
-    """
-    added, moved, redrawn, flow = maps.split([len(around), len(around), 1, 2])
+    """Return rows of the photo, uint8 (C, H, W), redrawn by enlarged maps: `around` (C, H', W) from its row `first`."""
+    added, moved, redrawn, texture, flow = maps.split([len(around), len(around), 1, 1, 2])
     pixels = warp(around, flow * size, first)
     detail = pixels - moved  # of the photo, which the model's picture lacks
-    lines = detail - detail.clamp(-0.04, 0.04)  # the rest, the texture of skin and hair, always stays
+    lines = detail - detail.clamp(-texture, texture)  # what remains is the texture of skin and hair
     return ((pixels + added - redrawn * lines).clamp(0, 1) * 255).round().byte()
 
 
@@ -60,12 +57,14 @@ def to_photo(maps, crop, photo_size):
 
 # Maps of changes
 def find_changes(before, after):
-    """Return maps (2C + 3, S, S): what to add to the moved picture, that, where to redraw, and the flow in sides."""
+    """Return maps (2C + 4, S, S): what to add to the moved picture, that, where to redraw, texture, flow in sides."""
     size = len(before[0])
     mask = head_mask(size)
     flow = mask * optical_flow(before, after)
     moved = warp(before, flow * size)
-    return torch.cat([mask * (after - moved), moved, mask * (1 - kept_structure(moved, after)), flow])
+    similarity = torch.exp(-(blur((after - moved).abs().mean(0, keepdim=True), 0.02) / 0.2).square())
+    redrawn = mask * (1 - similarity * kept_structure(moved, after))
+    return torch.cat([mask * (after - moved), moved, redrawn, 0.04 * similarity, flow])
 
 
 def head_mask(size):

@@ -15,8 +15,10 @@ import math
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from importlib.metadata import distribution
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -40,6 +42,7 @@ VARIED: int = 20  # number of these photos that get ten variations for each W, w
 TUNE: int = 50  # steps that fit the decoder to each of them
 ATTRIBUTES: str = ""  # table of attributes of PHOTOS and FACES, to judge edits instead
 FACES: str = ""  # folder of other photos in that table, on which the classifier of attributes is trained
+WHOLE: str = ""  # folder of whole photos; if set, their faces are changed by genpic.py's "photo" mode and judged
 EDITED: int = 300  # number of PHOTOS to edit; a third of them also with a fitted decoder
 
 EDITS = {"Smiling": 2, "Eyeglasses": 2, "Male": 2, "Bangs": 2, "Wearing_Hat": 2, "Mustache": 2, "Goatee": 2}
@@ -159,7 +162,7 @@ def train_classifier(photos, labels):
 
     `labels` (N, A) contains 1 and -1.
     """
-    pixels = read_pixels(photos, 96)
+    pixels, _ = read_pixels(photos, 96)
     layers = []
     for inputs, outputs in zip([3, 32, 64, 128, 256], [32, 64, 128, 256, 256], strict=True):
         layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -182,8 +185,8 @@ def train_classifier(photos, labels):
 
 
 def read_pixels(photos, size):
-    """Return Photos, cropped as CROP says, as uint8 (N, size, size, 3)."""
-    return load_pixels(photos, {"channels": 3, "size": size, "crop": CROP}, torch.get_num_threads(), CPU)[0]
+    """Return Photos, cropped as CROP says, as uint8 (N, size, size, 3), and those that are not copies of others."""
+    return load_pixels(photos, {"channels": 3, "size": size, "crop": CROP}, torch.get_num_threads(), CPU)
 
 
 def classify(classifier, images):
@@ -208,7 +211,7 @@ def labels_of(photos):
 
 def mean_differences(model, photos, labels):
     """Return the differences (A, L) between the mean codes of Photos with and without each attribute."""
-    pixels = read_pixels(photos, model.config["image_size"])
+    pixels, _ = read_pixels(photos, model.config["image_size"])
     batches = torch.arange(len(labels)).split(64)
     mu = torch.cat([model.encode(load_images(pixels, batch, CPU))[0] for batch in batches])
     return torch.stack([mu[column > 0].mean(0) - mu[column < 0].mean(0) for column in labels.T])
@@ -216,7 +219,7 @@ def mean_differences(model, photos, labels):
 
 def judge_edits(model, photos, images, mu):
     """Print what a classifier and the face recognition see after EDITS of Photos without the attribute."""
-    names, others, labels = labels_of(find_photos(FACES))
+    names, others, labels = labels_of(read_pixels(find_photos(FACES), 96)[1])
     _, known, held = labels_of(photos)
     require(len(known) == len(photos), "ATTRIBUTES", ATTRIBUTES, "a table with a row for each of PHOTOS")
     with torch.enable_grad():
@@ -224,6 +227,9 @@ def judge_edits(model, photos, images, mu):
     plain = dict(zip(names, mean_differences(model, others, labels), strict=True))
     logits = classify(classifier, images)
     thresholds = torch.stack([equal_error_threshold(*pair) for pair in zip(logits.T, held.T, strict=True)])
+    if WHOLE:
+        judge_whole(model, classifier, dict(zip(names, thresholds, strict=True)))
+        return
     correct = ((logits >= thresholds) == (held > 0)).float().mean(0)
     chosen = torch.linspace(0, len(mu) - 1, min(EDITED, len(mu))).long()
     images, mu = images[chosen], mu[chosen]
@@ -252,6 +258,28 @@ def judge_edits(model, photos, images, mu):
             found = describe(after, kind)[1]
             detected = 100 * np.isfinite(found[:, 0]).mean()
             print(f"descriptors {distance(found, reference):.3f} apart; faces in {detected:.1f} %")
+
+
+def judge_whole(model, classifier, thresholds):
+    """Print what is seen in faces cut again from the photos in WHOLE that genpic.py's "photo" mode has changed."""
+    genpic.CROP = "face"
+    read = [each for each in genpic.read_photos(model, find_photos(WHOLE)) if each[2]]
+    photos = torch.cat([image for _, image, _ in read])
+    faces = describe(photos, "photos")[1]
+    for name, units in {"Smiling": 2, "Young": -3, "Eyeglasses": 2}.items():
+        genpic.EDIT = f"{name} {units}"
+        changed = []
+        for photo, *_ in tqdm(read, genpic.EDIT, leave=False, disable=None):
+            with TemporaryDirectory() as folder, redirect_stdout(None):
+                next(genpic.make_photo(model, [photo]))[0].save(f"{folder}/changed.png")
+                changed.append(genpic.read_photo(model, f"{folder}/changed.png")[0])
+        column = [*thresholds].index(name)
+        margins = [classify(classifier, these)[:, column] - thresholds[name] for these in (photos, torch.cat(changed))]
+        before, after = (math.copysign(1, units) * margin >= 0 for margin in margins)
+        found = describe(torch.cat(changed), "faces")[1]
+        print(f"{genpic.EDIT}: seen in {100 * after[~before].float().mean():.1f} % of {(~before).sum()}", end="; ")
+        detected = 100 * np.isfinite(found[:, 0]).mean()
+        print(f"descriptors {distance(found, faces):.3f} from the photos; faces in {detected:.1f} % of {len(found)}")
 
 
 def describe_changes(changes, column, male):
@@ -283,11 +311,11 @@ def judge():
     model, _ = vae.load_checkpoint(CHECKPOINT)
     require(model.config["channels"] == 3, "CHECKPOINT", CHECKPOINT, "a model of colour pictures")
     genpic.CROP, genpic.TUNE = CROP, TUNE
-    pairs = list(genpic.read_photos(model, find_photos(PHOTOS)))
-    images = torch.cat([image for _, image in pairs])
+    read = list(genpic.read_photos(model, find_photos(PHOTOS)))
+    images = torch.cat([image for _, image, _ in read])
     mu = torch.cat([model.encode(part)[0] for part in images.split(64)])
     if ATTRIBUTES:
-        judge_edits(model, [photo for photo, _ in pairs], images, mu)
+        judge_edits(model, [photo for photo, *_ in read], images, mu)
         return
     noise = vae.latent_noise(model, len(images), 0)
     codes = {"reconstructions": mu, "samples": model.draw_latents(noise), "samples of N(0, I)": noise[:500]}
