@@ -174,12 +174,12 @@ def make_variations(model, photos):
 def make_photo(model, photos):
     """Yield the whole photo, with the face changed as EDIT says, as a PIL image."""
     photo, image, crop = next(read_photos(model, photos))
-    require(crop, "CROP", CROP, f'the square around the face in {photo}, such as "140 90 320", unless "face" finds one')
+    require(crop, "CROP", CROP, f'the square around a face, such as "140 90 320": none was found in {photo}')
     _, after, mu, model = encode_photos(model, [(photo, image, crop)])
     whole = read_image(photo, model.config["channels"])
     paste_face(whole, crop, model.decode(mu)[0], after[0])
     whole.info.clear()  # so that no EXIF data, comment or profile is saved
-    print(f"Size        {whole.width} x {whole.height}, 8-bit sRGB without EXIF or GPS data; quality 95 unless PNG")
+    print(f"Size        {whole.width} x {whole.height} pixels, 8-bit sRGB (JPEG: quality 95), without EXIF or GPS data")
     yield whole, 1
 
 
@@ -333,7 +333,7 @@ def main(argv=()):
             model.latent_mean.zero_()
             model.latent_scale.copy_(torch.eye(model.config["latent_dim"]))
         if MODE == "photo" and not TUNE:
-            print("Tune        50 steps, although TUNE is 0: only a fitted face changes in a way that suits the photo")
+            print("Tune        50 steps, the default of this mode")
             globals()["TUNE"] = 50
         sources = find_sources()
         require(sources or not TUNE, "TUNE", TUNE, "0 without a photo to fit (interpolate needs IMAGE_TO or EDIT)")
