@@ -179,7 +179,7 @@ def make_photo(model, photos):
     whole = read_image(photo, model.config["channels"])
     paste_face(whole, crop, model.decode(mu)[0], after[0])
     whole.info.clear()  # so that no EXIF data, comment or profile is saved
-    print(f"Size        {whole.width} x {whole.height} pixels, 8-bit sRGB (JPEG: quality 95), without EXIF or GPS data")
+    print(f"Size        {whole.width} x {whole.height}, 8-bit sRGB (JPEG: quality 95), no EXIF or GPS data")
     yield whole, 1
 
 
@@ -284,7 +284,6 @@ def check_settings():
     require(MODE in MODES, "MODE", MODE, f"one of {', '.join(MODES)}")
     require(MODE == "interpolate" or not IMAGE_TO, "MODE", MODE, '"interpolate" if IMAGE_TO is set')
     require(TUNE >= 0, "TUNE", TUNE, "at least 0")
-    require(MODE != "photo" or EDIT, "EDIT", EDIT, 'what to change in the photo, such as "Smiling 2"')
     require(PRIOR in ("fitted", "standard"), "PRIOR", PRIOR, '"fitted" or "standard"')
     check_crop(CROP)
     require(0 <= W <= 1, "W", W, "a number from 0 to 1")
@@ -328,7 +327,8 @@ def main(argv=()):
         adding = f"python train.py --data PHOTOS --attributes TABLE --start-from {CHECKPOINT} --epochs 0"
         wanted = f"a model with attributes to change; `{adding}` adds them"
         require(model.directions or not (EDIT or MODE == "attributes"), "CHECKPOINT", CHECKPOINT, wanted)
-        parse_edit(EDIT, model.directions)  # fails before anything is made
+        wanted = 'what to change in the photo, such as "Smiling 2"'
+        require(parse_edit(EDIT, model.directions) or MODE != "photo", "EDIT", EDIT, wanted)
         if PRIOR == "standard":
             model.latent_mean.zero_()
             model.latent_scale.copy_(torch.eye(model.config["latent_dim"]))

@@ -153,7 +153,7 @@ def read_square(photo, channels, size, crop="center", face_box=None, group=False
         return square_transform(size)(image), None
     left, top, side = squares[0].round().astype(int).tolist()
     inside = [min(left + side, image.width) - max(left, 0), min(top + side, image.height) - max(top, 0)]
-    if min(inside) <= 0:
+    if min(inside) <= (times > 1):  # the last pixel of a reduced photo may be only a part of one
         raise UserError(f"CROP {crop} is outside {photo}, which is {image.width * times:.0f} pixels wide.")
     first, *others = [(square * times).round().astype(int).tolist() for square in squares[: 1 if angle else 6]]
     crop = Crop(first, 1 - math.prod(inside) / side**2, others, angle)

@@ -1,7 +1,7 @@
 """Put a changed face back into its photo, which keeps its size and detail.
 
-Pictures and maps are tensors (C, S, S) of the size that the model draws, with values in [0, 1]. What moves from one
-picture to the other, such as the corners of a smiling mouth, is moved in the photo, and only the rest is added to it.
+Pictures are tensors (C, S, S) in [0, 1] of the size that the model draws. What moves from one to the other, such as the
+corners of a smiling mouth, is moved in the photo, and only the rest is added to it.
 """
 
 import math
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 
+@torch.no_grad()
 def paste_face(image, crop, before, after):
     """Change a PIL image (L or RGB), in place, as `before` (C, S, S) changes to `after` in the square of a Crop.
 
@@ -57,7 +58,7 @@ def to_photo(maps, crop, photo_size):
 
 # Maps of changes
 def find_changes(before, after):
-    """Return maps (2C + 4, S, S): what to add to the moved picture, that, where to redraw, texture, flow in sides."""
+    """Return maps (2C + 4, S, S): what to add, the moved picture, where to redraw, limit of texture, flow in sides."""
     size = len(before[0])
     mask = head_mask(size)
     flow = mask * optical_flow(before, after)
@@ -87,7 +88,7 @@ def optical_flow(before, after):
         slopes = size * torch.stack(torch.gradient(now, dim=(2, 1)))
         products = blur(torch.einsum("ichw,jchw->ijhw", slopes, slopes), 0.027).permute(2, 3, 0, 1)
         targets = blur(torch.einsum("ichw,chw->ihw", slopes, wanted - now), 0.027).permute(1, 2, 0)
-        step = torch.linalg.solve(products + 22 * torch.eye(2), targets).permute(2, 0, 1)
+        step = torch.linalg.solve(products + 22 / 3 * len(before) * torch.eye(2), targets).permute(2, 0, 1)
         flow = blur(flow + step, 0.027)
     return flow
 
@@ -99,7 +100,7 @@ def kept_structure(moved, after):
     """
     covariance = blur(moved * after, 0.02) - blur(moved, 0.02) * blur(after, 0.02)
     variance = blur(moved.square(), 0.02) - blur(moved, 0.02).square()
-    return ((covariance.sum(0, keepdim=True) + 1e-4) / (variance.sum(0, keepdim=True) + 1e-4)).clamp(0, 1)
+    return ((covariance.mean(0, keepdim=True) + 3.3e-5) / (variance.mean(0, keepdim=True) + 3.3e-5)).clamp(0, 1)
 
 
 # Images

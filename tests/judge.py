@@ -224,12 +224,12 @@ def judge_edits(model, photos, images, mu):
     require(len(known) == len(photos), "ATTRIBUTES", ATTRIBUTES, "a table with a row for each of PHOTOS")
     with torch.enable_grad():
         classifier = train_classifier(others, labels)
-    plain = dict(zip(names, mean_differences(model, others, labels), strict=True))
     logits = classify(classifier, images)
     thresholds = torch.stack([equal_error_threshold(*pair) for pair in zip(logits.T, held.T, strict=True)])
     if WHOLE:
         judge_whole(model, classifier, dict(zip(names, thresholds, strict=True)))
         return
+    plain = dict(zip(names, mean_differences(model, others, labels), strict=True))
     correct = ((logits >= thresholds) == (held > 0)).float().mean(0)
     chosen = torch.linspace(0, len(mu) - 1, min(EDITED, len(mu))).long()
     images, mu = images[chosen], mu[chosen]
@@ -301,6 +301,7 @@ def judge():
     """Print all metrics of CHECKPOINT."""
     check_crop(CROP)
     require(TUNE >= 1, "TUNE", TUNE, "at least 1")
+    require(ATTRIBUTES or not WHOLE, "ATTRIBUTES", ATTRIBUTES, "a table of attributes if WHOLE is set")
     require(VARIED >= 2, "VARIED", VARIED, "at least 2")
     require(PHOTOS, "PHOTOS", PHOTOS, "a folder of photos")  # "" would mean the current folder
     try:

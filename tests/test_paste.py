@@ -55,6 +55,7 @@ def test_the_change_appears_in_the_face_however_the_photo_is_turned(angle, tmp_p
     error, change = (np.abs(levels(image, there) - levels(after, there)).mean() for image in (again, before))
     assert error < 0.15 * change  # the edges of the rectangle are not as sharp
     assert np.abs(levels(again, around) - levels(before, around)).mean() < 4  # from turning twice
+    assert (levels(changed) != levels(photo)).any(2).sum() < 0.7 * crop.square[2] ** 2  # the ellipse covers 0.62
 
 
 def test_the_photo_is_unchanged_outside_the_ellipse_and_without_a_change():
@@ -94,7 +95,7 @@ def test_the_whole_photo_is_written_upright_and_without_private_data(model, caps
         generate(model, "--image=me.jpg", "--mode=photo", "--edit=smiling 2", "--output", name)
         said = capsys.readouterr().out
         assert "Tune        50 steps, the default of" in said and "fitted in 50 steps to" in said
-        assert "Size        640 x 480 pixels, 8-bit sRGB (JPEG: quality 95), without EXIF or GPS data" in said
+        assert "Size        640 x 480, 8-bit sRGB (JPEG: quality 95), no EXIF or GPS data" in said
         picture = Image.open(name)
         assert picture.size == (640, 480) and not picture.getexif() and not {"comment", "exif"} & picture.info.keys()
     upright = read_image("me.jpg")
@@ -126,12 +127,14 @@ def test_requests_that_cannot_change_a_face_are_refused(model):
     Image.new("RGB", (200, 200), "grey").save("nobody.png")
     photo = [model, "--image=me.png", "--mode=photo", "--tune=1"]
     edit = [*photo, "--edit=Smiling 1"]
-    assert "EDIT is '': it must be what to change" in refusal(generate, *photo)
+    for nothing in ("", ","):
+        assert f"EDIT is '{nothing}': it must be what to change" in refusal(generate, *photo, f"--edit={nothing}")
+    Image.new("RGB", (3001, 4000)).save("large.png")
+    assert "outside large.png" in refusal(generate, *edit, "--image=large.png", "--crop=3001 0 2400")
     for flags, crop in ((["--image=nobody.png"], "face"), (["--crop=center"], "center")):
         said = refusal(generate, *edit, *flags)
         assert re.match(rf"CROP is '{crop}': it must be the square around a face, .*: none was found in \w+.png", said)
     assert "it must be a file other than the photos" in refusal(generate, *edit, "--output=me.png")
-    assert "OUTPUT is 'me.gif'" in refusal(generate, *edit, "--output=me.gif")
 
 
 def test_the_included_model_makes_a_portrait_smile(tmp_path, monkeypatch):
