@@ -7,7 +7,8 @@ Faces are detected by dlib's frontal detector, on the picture at twice its size.
 of 128 numbers: two faces less than 0.6 apart count as the same person. The Frechet distance is the distance between
 Gaussians fitted to two sets of descriptors (Heusel et al. 2017, arXiv:1706.08500; dlib's network replaces Inception).
 
-With ATTRIBUTES, a small classifier, which is trained on FACES first, judges edits of photos that lack an attribute.
+With ATTRIBUTES, a small classifier, which is trained on FACES first, judges edits of photos that lack an attribute;
+with WHOLE, those that genpic.py's "photo" mode makes.
 """
 
 import functools
