@@ -30,7 +30,7 @@ REFUSED = {
     "--image me.jpg --output faces/me.jpg": NO_PHOTO,  # me.jpg is a link to it
     "--mode reconstruct --output empty/../faces/me.jpg": NO_PHOTO,
     "--mode interpolate --image 'faces/face 001.jpg' --image-to me.jpg --output me.jpg": NO_PHOTO,
-    "--mode collage": "MODE is 'collage': it must be one of variations, reconstruct, sample, interpolate, sweep",
+    "--mode collage": "MODE is 'collage': it must be one of variations, photo, reconstruct, sample, interpolate",
     "--tune -1": "TUNE is -1: it must be at least 0",
     "--tune 9 --mode sample": "TUNE is 9: it must be 0 without a photo to fit (interpolate needs IMAGE_TO or EDIT)",
     "--tune 9 --mode interpolate": "TUNE is 9: it must be 0",
