@@ -68,7 +68,7 @@ COMPILE: str = "auto"  # compile the model first, which takes a minute: "yes", "
 
 FACE_BOX = (0.2326, 0.2859, 0.5445)  # where CROP "face" puts faces: left, top and size as fractions of the side
 
-FORMAT = 1  # version of last.pth
+FORMAT = 2  # version of last.pth
 MAY_CHANGE = {"DATA", "ATTRIBUTES", "START_FROM", "OUTPUT_DIR", "RESUME", "DEVICE", "AMP", "COMPILE"}  # on --resume
 LOSSES = ("loss", "reconstruction", "kl")  # columns of history.csv
 
@@ -161,8 +161,8 @@ def newton_schulz(gram, matrices):
 class Muon(torch.optim.Optimizer):
     """Orthogonalized momentum with decoupled weight decay (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    A weight (M, ...) is treated as a matrix of M rows. Unlike this class, torch.optim.Muon does not accept
-    convolution weights, and it is slower on a CPU.
+    A weight (M, ...) is treated as a matrix of M rows, and its update is multiplied by its number in `scales`. Unlike
+    this class, torch.optim.Muon does not accept convolution weights, and it is slower on a CPU.
     """
 
     orthogonalize = staticmethod(orthogonalize)
@@ -179,10 +179,12 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             directions = torch._foreach_lerp(gradients, momenta, group["momentum"])
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(weights, self.updates(directions), alpha=-group["lr"])
+            updates = self.updates(directions)
+            torch._foreach_mul_(updates, group["scales"])
+            torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
     def updates(self, directions):
-        """Return the directions, orthogonalized and scaled; neighbours of equal shape are processed in one batch."""
+        """Return the directions, orthogonalized; neighbours of equal shape are processed in one batch."""
         moved = [direction.movedim(1, -1) for direction in directions]  # the memory order of channels-last weights
         matrices = [direction.flatten(1) for direction in moved]
         matrices = [matrix.T if len(matrix) > matrix.shape[1] else matrix for matrix in matrices]
@@ -192,7 +194,6 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_copy_([matrix for batch in batches for matrix in batch], matrices)
         updates = [update for batch in batches for update in self.orthogonalize(batch)]
         updates = [update.T if len(update) < len(old) else update for update, old in zip(updates, moved, strict=True)]
-        torch._foreach_mul_(updates, [max(1, len(update) / update.shape[1]) ** 0.5 for update in updates])
         return [update.reshape(old.shape).movedim(-1, 1) for update, old in zip(updates, moved, strict=True)]
 
 
@@ -201,7 +202,10 @@ def optimizers_of(model, rate):
     _, *inner, _ = (weight for weight in model.parameters() if weight.ndim > 1)
     others = [parameter for parameter in model.parameters() if parameter not in {*inner}]
     inner.sort(key=lambda weight: sorted(weight.flatten(1).shape))
-    muon = Muon([{"params": inner, "initial_lr": rate}], {"momentum": 0.95, "weight_decay": 0.03})
+    transposed = {layer.weight for layer in model.modules() if isinstance(layer, nn.ConvTranspose2d)}  # (in, out, k, k)
+    fans = [weight.flatten(1).shape[:: -1 if weight in transposed else 1] for weight in inner]
+    scales = [max(1, outputs / inputs) ** 0.5 for outputs, inputs in fans]
+    muon = Muon([{"params": inner, "scales": scales, "initial_lr": rate}], {"momentum": 0.95, "weight_decay": 0.03})
     return muon, torch.optim.Adam([{"params": others, "initial_lr": rate / 30}], fused=True)
 
 
@@ -361,13 +365,7 @@ def new_run(settings, device, start=None, info=()):
     elif rank == 0 and not RESUME:
         average.face_box = median_face_box(pixels[split[0][:100]].cpu().numpy(), start and start.face_box)
     optimizers = optimizers_of(model, rate)
-    network = model
-    is_compiled = can_compile(device)
-    if is_compiled:
-        network = torch.compile(model, dynamic=False)
-        optimizers[0].orthogonalize = torch.compile(orthogonalize, dynamic=False)
-    if world_size > 1:
-        network = nn.parallel.DistributedDataParallel(network)
+    network, is_compiled = wrap(model, optimizers[0], device)
     averaging = [
         [tensor for name, tensor in one.state_dict().items() if tensor.is_floating_point() and "latent_" not in name]
         for one in (average, model)  # without the prior, which is fitted only for the average
@@ -383,6 +381,18 @@ def new_run(settings, device, start=None, info=()):
     return Run(
         model, network, average, averaging, optimizers, device, pixels, *split, settings, labels, is_compiled, origin
     )
+
+
+def wrap(model, muon, device):
+    """Return the model, compiled and connected to the other processes if there are any, and whether it is compiled."""
+    is_compiled = can_compile(device)
+    network = model
+    if is_compiled:
+        network = torch.compile(model, dynamic=False)
+        muon.orthogonalize = torch.compile(orthogonalize, dynamic=False)
+    if world_size > 1:
+        network = nn.parallel.DistributedDataParallel(network)
+    return network, is_compiled
 
 
 # Stopping

@@ -210,14 +210,6 @@ def labels_of(photos):
     return names, [photo for photo, _ in pairs], torch.tensor(np.array([row for _, row in pairs]))
 
 
-def mean_differences(model, photos, labels):
-    """Return the differences (A, L) between the mean codes of Photos with and without each attribute."""
-    pixels, _ = read_pixels(photos, model.config["image_size"])
-    batches = torch.arange(len(labels)).split(64)
-    mu = torch.cat([model.encode(load_images(pixels, batch, CPU))[0] for batch in batches])
-    return torch.stack([mu[column > 0].mean(0) - mu[column < 0].mean(0) for column in labels.T])
-
-
 def judge_edits(model, photos, images, mu):
     """Print what a classifier and the face recognition see after EDITS of Photos without the attribute."""
     names, others, labels = labels_of(read_pixels(find_photos(FACES), 96)[1])
@@ -230,7 +222,6 @@ def judge_edits(model, photos, images, mu):
     if WHOLE:
         judge_whole(model, classifier, dict(zip(names, thresholds, strict=True)))
         return
-    plain = dict(zip(names, mean_differences(model, others, labels), strict=True))
     correct = ((logits >= thresholds) == (held > 0)).float().mean(0)
     chosen = torch.linspace(0, len(mu) - 1, min(EDITED, len(mu))).long()
     images, mu = images[chosen], mu[chosen]
@@ -240,21 +231,19 @@ def judge_edits(model, photos, images, mu):
     for name, units in EDITS.items():
         column, sign = names.index(name), math.copysign(1, units)
         print(f"{name} {units:+}: accuracy {correct[column]:.3f}, {(held[:, column] > 0).sum()} photos have it")
-        is_seen = sign * (logits - thresholds)[chosen, column] >= 0
-        rows = torch.nonzero(~is_seen & (sign * held[chosen, column] < 0))[:, 0]
+        is_without = (sign * (logits - thresholds)[chosen, column] < 0) & (sign * held[chosen, column] < 0)
+        rows = torch.nonzero(is_without)[:, 0]
         some = [row for row in rows.tolist() if row in fitted]
         move = units * model.directions[name]
-        moved = [genpic.decode_in_parts(model, mu[rows] + by) for by in (move, units * plain[name])]
         pair = [torch.cat([fitted[row].decode(mu[[row]] + by) for row in some]) for by in (0, move)]
         edits = {
-            "regression": (recon[rows], moved[0], recon_faces[rows]),
-            "differences": (recon[rows], moved[1], recon_faces[rows]),
+            "unfitted": (recon[rows], genpic.decode_in_parts(model, mu[rows] + move), recon_faces[rows]),
             "fitted": (*pair, faces[some]),
         }
         for kind, (before, after, reference) in edits.items():
             seen = classify(classifier, after)
             margins = sign * (seen - thresholds)[:, column]
-            print(f"  {kind:<12} seen in {100 * (margins >= 0).float().mean():.1f} % of {len(after)}", end="; ")
+            print(f"  {kind:<9} seen in {100 * (margins >= 0).float().mean():.1f} % of {len(after)}", end="; ")
             describe_changes((seen - classify(classifier, before)) / logits.std(0), column, names.index("Male"))
             found = describe(after, kind)[1]
             detected = 100 * np.isfinite(found[:, 0]).mean()

@@ -93,7 +93,7 @@ def test_muon_matches_torch():
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((6, 4, 3, 3), (40, 8), (8, 40))]
     theirs = [torch.nn.Parameter(weight.detach().flatten(1)) for weight in copy.deepcopy(ours)]
     settings = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.3}
-    muon = train.Muon(ours, settings)
+    muon = train.Muon([{"params": ours, "scales": [1, 5**0.5, 1]}], settings)
     muon.orthogonalize = lambda batch: [newton_schulz(matrix, (3.4445, -4.7750, 2.0315), 5, 0.0) for matrix in batch]
     optimizers = muon, torch.optim.Muon(theirs, **settings)
     for _ in range(6):
@@ -104,6 +104,16 @@ def test_muon_matches_torch():
             optimizer.step()
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one.flatten(1), other, atol=5e-3, rtol=0)  # theirs rounds to bfloat16
+
+
+def test_the_scales_of_muon_are_the_square_roots_of_outputs_per_input():
+    model = vae.VAE(16, 1, [4, 8], 3)
+    (group,) = train.optimizers_of(model, 0.03)[0].param_groups
+    scales = dict(zip(group["params"], group["scales"], strict=True))
+    assert scales[model.encoder[1][0].weight] == 1  # from 9 * 4 inputs to 8 outputs
+    assert scales[model.decoder[0][0].weight] == pytest.approx(4.5**0.5)  # from 8 inputs to 9 * 4 outputs
+    assert scales[model.fc_mu.weight] == 1
+    assert scales[model.decoder_input.weight] == pytest.approx((128 / 3) ** 0.5)
 
 
 def test_augment_applies_a_different_affine_map_to_each_photo():
@@ -248,7 +258,7 @@ def test_golden_run(workplace):
     with open("golden/history.csv") as file:
         rows = list(csv.DictReader(file))
     losses = [[float(row[name]) for name in ("train_reconstruction", "train_kl", "val_reconstruction")] for row in rows]
-    expected = [[265.915, 4.08725, 161.747], [248.828, 5.56176, 171.594], [235.365, 7.09718, 182.222]]
+    expected = [[262.181, 4.05830, 161.410], [242.403, 5.45596, 172.726], [228.541, 7.27533, 179.623]]
     np.testing.assert_allclose(losses, expected, rtol=1e-3)
 
 
