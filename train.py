@@ -202,9 +202,10 @@ def optimizers_of(model, rate):
     _, *inner, _ = (weight for weight in model.parameters() if weight.ndim > 1)
     others = [parameter for parameter in model.parameters() if parameter not in {*inner}]
     inner.sort(key=lambda weight: sorted(weight.flatten(1).shape))
-    transposed = {layer.weight for layer in model.modules() if isinstance(layer, nn.ConvTranspose2d)}  # (in, out, k, k)
-    fans = [weight.flatten(1).shape[:: -1 if weight in transposed else 1] for weight in inner]
-    scales = [max(1, outputs / inputs) ** 0.5 for outputs, inputs in fans]
+    transposed = {layer.weight for layer in model.modules() if isinstance(layer, nn.ConvTranspose2d)}
+    ratios = [len(weight) / weight[0].numel() for weight in inner]  # outputs per input; if transposed, the inverse
+    ratios = [1 / ratio if weight in transposed else ratio for weight, ratio in zip(inner, ratios, strict=True)]
+    scales = [max(1, ratio) ** 0.5 for ratio in ratios]
     muon = Muon([{"params": inner, "scales": scales, "initial_lr": rate}], {"momentum": 0.95, "weight_decay": 0.03})
     return muon, torch.optim.Adam([{"params": others, "initial_lr": rate / 30}], fused=True)
 
